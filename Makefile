@@ -1,0 +1,66 @@
+# `make help` lists what there is. Every target installs what it needs into .venv by itself.
+
+PYTHON ?= python3# the interpreter that .venv is made from, 3.10 or newer
+ARGS ?=#           passed on by test, demo and bench: make test ARGS="-k keras"
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+DECLARED := pyproject.toml setup.py constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build lint type arch fmt test demo bench ci clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.stamp-dev ## make .venv with everything for development (again: a moment)
+
+build: .venv/.stamp-run ## build the wheel into dist/, in an isolated environment without torch
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
+lint: .venv/.stamp-dev ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: .venv/.stamp-dev ## mypy, strict, on the package
+	$(BIN)/mypy
+
+arch: .venv/.stamp-dev ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+fmt: .venv/.stamp-dev ## reformat, and apply ruff's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: .venv/.stamp-dev ## run all the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: .venv/.stamp-run ## see it work (installs torch, the package and matplotlib only)
+	$(BIN)/python -m fused_adafactor demo $(ARGS)
+
+bench: .venv/.stamp-run ## measure it on this machine
+	$(BIN)/python -m fused_adafactor bench $(ARGS)
+
+ci: lint type arch test ## what must pass before a change lands
+
+clean: ## remove .venv and everything that was built
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than the files that it depends on once their packages are in. It is touched last, so an
+# install that was cut off is done again.
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.stamp-run: $(DECLARED) | .venv/bin/python
+	$(PIP) -e '.[plot]'
+	@touch $@
+
+.venv/.stamp-dev: .venv/.stamp-run
+	$(PIP) -e '.[plot,test,peers,dev]'
+	# timm asks for torchvision, and torchvision for a torch of its own: by itself, and without them.
+	$(PIP) --no-deps timm
+	@touch $@
