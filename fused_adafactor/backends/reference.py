@@ -1,0 +1,363 @@
+"""The reference: the update in eager torch. It is the specification that every other backend must agree with.
+
+No cleverness: one tensor at a time, every formula once, in float64 for float64 tensors and in float32 otherwise.
+Equations are numbered as in ``docs/rule.md``; arXiv 1804.04235, Algorithms 4 and 5, is their source.
+
+Nothing here reads a value on the host, and only ``apply`` (and ``accumulate`` and ``average``, the two activities
+that have no update) writes a parameter or its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.binding import Binding
+from fused_adafactor.plan import Activity, Launch, Phase
+from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
+from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
+from fused_adafactor.schedule import Number
+
+
+@dataclass
+class _Partials:
+    """What passes from phase to phase; row and column sums only, never a full-size tensor."""
+
+    row_sq: Tensor | None = None  # [..., n]  Σ_j g²
+    col_sq: Tensor | None = None  # [..., m]  Σ_i g²
+    param_sq: Tensor | None = None  # 0-d  Σ p²
+    col_weighted: Tensor | None = None  # [..., m]  Σ_i num² / row_var_i, two sweeps only
+    update_sq: Tensor | None = None  # 0-d  Σ u², once known
+    row_var: Tensor | None = None  # [..., n]  new row second moment, not yet stored
+    col_var: Tensor | None = None  # [..., m]  new column second moment, not yet stored
+
+
+def run(phases: Sequence[Phase], bindings: Sequence[Binding]) -> None:
+    """Run phases, in order, on tensors whose activity is an update."""
+    for phase in phases:
+        for binding in bindings:
+            if binding.planned.launch is not Launch.EMPTY:
+                _PHASES[phase](binding)
+
+
+def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
+    """Run an activity that has no update."""
+    for binding in bindings:
+        if binding.planned.launch is not Launch.EMPTY:
+            if activity is Activity.ACCUMULATE:
+                accumulate(binding)
+            average(binding)
+
+
+# --- phases -----------------------------------------------------------------------------------------------------
+
+
+def stats(b: Binding) -> None:
+    """Sums over the gradient and the parameter.
+
+    With two sweeps also Σ_i num²/row_var_i: the new row_var_i is final as soon as row i has been read.
+    """
+    partials = b.scratch = _Partials()
+    grad = _read_grad(b)
+    grad_sq = grad.square()
+    b.grad_sq = grad_sq.sum()
+    if b.rule.eps2 is not None:
+        partials.param_sq = b.param.to(grad.dtype).square().sum()
+    if b.row_var is not None:
+        partials.row_sq = grad_sq.sum(dim=-1)
+        partials.col_sq = grad_sq.sum(dim=-2)
+    if b.planned.sweeps == 2 and b.rule.clip_threshold is not None:
+        if b.row_var is None:
+            partials.update_sq = _update(b).square().sum()
+        else:
+            row_var = _new_factor(b, b.row_var, partials.row_sq, -1)
+            weighted = _numerator(b).square() / row_var.unsqueeze(-1)
+            partials.col_weighted = weighted.sum(dim=-2)
+
+
+def finalize(b: Binding) -> None:
+    """New row and column second moments, the step size, and Σu² where the first sweep gave it."""
+    partials = _partials(b)
+    if b.row_var is not None and b.col_var is not None:
+        partials.row_var = _new_factor(b, b.row_var, partials.row_sq, -1)
+        partials.col_var = _new_factor(b, b.col_var, partials.col_sq, -2)
+    if partials.col_weighted is not None:
+        # The two-sweep identity: v_ij = row_var_i col_var_j / norm, so that
+        # Σ_ij num_ij² / v_ij = norm Σ_j (1 / col_var_j) Σ_i num_ij² / row_var_i, and the inner sum needs no col_var.
+        assert partials.col_var is not None
+        partials.update_sq = (_norm(b) * partials.col_weighted / partials.col_var.unsqueeze(-2)).sum()
+    b.alpha = _alpha(b)
+    _set_update_rms(b)
+
+
+def update_rms(b: Binding) -> None:
+    """Σu² by a sweep of its own."""
+    if b.planned.sweeps == 3:
+        _partials(b).update_sq = _update(b).square().sum()
+        _set_update_rms(b)
+
+
+def apply(b: Binding) -> None:
+    """p ← decay p - delta, and every state entry."""
+    delta = _update(b) / _clip_factor(b)
+    exp_avg = _new_exp_avg_of_update(b, delta)
+    if b.rule.momentum is None or b.rule.momentum.site is MomentumSite.GRAD:
+        delta = b.alpha * delta
+    elif b.rule.momentum.site is MomentumSite.UPDATE:
+        delta = b.alpha * _read(b, exp_avg)
+    else:
+        delta = _read(b, exp_avg)
+    _write_moments(b, exp_avg)
+    _write_param(b, b.planned.spec.view.from_matrices(delta) if b.planned.spec.view else delta)
+    if b.accumulator is not None:
+        b.accumulator.zero_()  # even if the step is skipped: what it holds is then not finite
+    average(b)
+
+
+def accumulate(b: Binding) -> None:
+    """accumulator ← accumulator + g, between two updates."""
+    assert b.grad is not None
+    assert b.accumulator is not None
+    _write(b, b.accumulator, b.accumulator + b.grad.to(b.accumulator.dtype) * b.grad_scale)
+
+
+def average(b: Binding) -> None:
+    """avg ← momentum avg + (1 - momentum) p, p being the parameter as stored; momentum is 0 at t = 1 (Keras)."""
+    rule = b.rule.weight_average
+    if rule is None or b.average is None:
+        return
+    t = b.scalars.t
+    momentum = rule.momentum * (t != 1)
+    param = _read(b, b.param)
+    _write(b, b.average, momentum * _read(b, b.average) + (1 - momentum) * param)
+    if rule.overwrite_every is not None:
+        due = t % rule.overwrite_every == 0
+        if isinstance(due, Tensor):
+            b.param.copy_(torch.where(due, b.average, b.param))
+        elif due:
+            _write(b, b.param, b.average)
+
+
+_PHASES: dict[Phase, Callable[[Binding], None]] = {
+    Phase.STATS: stats,
+    Phase.FINALIZE: finalize,
+    Phase.UPDATE_RMS: update_rms,
+    Phase.APPLY: apply,
+}
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------
+
+
+def _read(b: Binding, tensor: Tensor) -> Tensor:
+    return tensor.to(b.planned.spec.math_dtype)
+
+
+def _read_grad(b: Binding) -> Tensor:
+    """g in the math dtype and the matrix view: unscaled, averaged over accumulated steps, clipped by value.
+
+    Keras' order: divide by the loss scale, average, clip.
+    """
+    spec = b.planned.spec
+    assert b.grad is not None
+    grad = _read(b, b.grad) * b.grad_scale
+    if b.accumulator is not None:
+        grad = (grad + b.accumulator) / b.rule.accumulation_steps
+    clip = b.rule.grad_clip
+    if clip is not None and clip.kind is GradClipKind.VALUE:
+        grad = grad.clamp(-clip.threshold, clip.threshold)
+    if b.grad_factor is not None:
+        grad = grad * b.grad_factor
+    return grad if spec.view is None else spec.view.to_matrices(grad)
+
+
+def _numerator(b: Binding) -> Tensor:
+    """What is divided by the root of v: g, or its average where momentum is on the gradient."""
+    if b.rule.momentum is None or b.rule.momentum.site is not MomentumSite.GRAD:
+        return _read_grad(b)
+    return _read(b, _new_exp_avg(b, _read_grad(b))) * b.scalars.numerator_scale
+
+
+def _new_exp_avg(b: Binding, value: Tensor) -> Tensor:
+    """First moment after this step in its own dtype, [..., n, m] or full."""
+    assert b.exp_avg is not None
+    view = b.planned.spec.view
+    old = b.exp_avg if view is None else view.to_matrices(b.exp_avg)
+    beta1 = b.scalars.beta1
+    return (beta1 * _read(b, old) + (1 - beta1) * value).to(b.exp_avg.dtype)
+
+
+def _new_exp_avg_of_update(b: Binding, clipped: Tensor) -> Tensor:
+    """The first moment after this step at whichever site it is; the clipped update itself where there is none."""
+    momentum = b.rule.momentum
+    if momentum is None:
+        return clipped
+    if momentum.site is MomentumSite.GRAD:
+        return _new_exp_avg(b, _read_grad(b))
+    return _new_exp_avg(b, clipped if momentum.site is MomentumSite.UPDATE else b.alpha * clipped)
+
+
+def _eps1(b: Binding) -> float:
+    spec = b.planned.spec
+    return b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
+
+
+def _new_factor(b: Binding, old: Tensor, sums: Tensor | None, reduced: int) -> Tensor:
+    """Second moment of rows (reduced = -1) or columns (-2), rounded to its state dtype and read back.
+
+    var_t = beta2_t var + (1 - beta2_t) (mean of g² over the reduced dimension [+ eps1]), or the sum of it.
+    """
+    spec = b.planned.spec
+    assert sums is not None
+    assert spec.view is not None
+    count = spec.view.matrices[reduced]
+    if b.grad_factor is not None:
+        sums = sums * b.grad_factor.square()
+    if b.rule.eps1_rule is Eps1Rule.ADD:
+        sums = sums + count * _eps1(b)
+    value = sums if b.rule.sums else sums / count
+    return _read(b, _new_moment(b, old, value))
+
+
+def _new_moment(b: Binding, old: Tensor, value: Tensor) -> Tensor:
+    beta2 = b.scalars.beta2
+    return (beta2 * _read(b, old) + (1 - beta2) * value).to(old.dtype)
+
+
+def _norm(b: Binding) -> Tensor:
+    """What v_ij = row_var_i col_var_j / norm is divided by, [..., 1, 1]: mean(row_var), or its sum."""
+    row_var = _partials(b).row_var
+    assert row_var is not None
+    norm = row_var.sum(dim=-1) if b.rule.sums else row_var.mean(dim=-1)
+    if b.rule.eps1_rule is Eps1Rule.CLAMP:
+        norm = norm.clamp(min=_eps1(b))
+    return norm[..., None, None]
+
+
+def _new_var(b: Binding) -> Tensor:
+    """Unfactored second moment after this step, in its state dtype."""
+    assert b.var is not None
+    value = _read_grad(b).square()
+    if b.rule.eps1_rule is Eps1Rule.ADD:
+        value = value + _eps1(b)
+    return _new_moment(b, b.var, value)
+
+
+def _inverse_root(b: Binding) -> Tensor:
+    """1 / sqrt(v), never above 1 / eps1 where eps1 clamps v from below by eps1².
+
+    The factors are rooted before they meet: row_var_i col_var_j itself leaves float32's range long before v does.
+    """
+    if b.var is not None:
+        root = _read(b, _new_var(b)).rsqrt()
+    else:
+        partials = _partials(b)
+        assert partials.row_var is not None
+        assert partials.col_var is not None
+        row_factor = (partials.row_var.unsqueeze(-1) / _norm(b)).rsqrt()
+        root = row_factor * partials.col_var.unsqueeze(-2).rsqrt()
+    if b.rule.eps1_rule is Eps1Rule.CLAMP:
+        root = root.clamp(max=1 / _eps1(b))
+    return root
+
+
+def _new_var_max(b: Binding) -> Tensor:
+    """AMSGrad: the largest v so far, in its state dtype."""
+    assert b.var_max is not None
+    view = b.planned.spec.view
+    old = b.var_max if view is None else view.to_matrices(b.var_max)
+    return torch.maximum(_read(b, old), _inverse_root(b).square().reciprocal()).to(old.dtype)
+
+
+def _update(b: Binding) -> Tensor:
+    """u before clipping, [..., n, m] or full."""
+    if not b.rule.amsgrad:
+        return _numerator(b) * _inverse_root(b)
+    root = (_read(b, _new_var_max(b)) * b.scalars.amsgrad_scale).sqrt()
+    return _numerator(b) / (root + _eps1(b))
+
+
+def _set_update_rms(b: Binding) -> None:
+    update_sq = _partials(b).update_sq
+    if update_sq is not None:
+        b.update_rms = (update_sq / b.planned.spec.numel).sqrt()
+
+
+def _clip_factor(b: Binding) -> Number:
+    """max(1, RMS(u) / d)."""
+    if b.rule.clip_threshold is None:
+        return 1.0
+    assert b.update_rms is not None
+    return (b.update_rms / b.rule.clip_threshold).clamp(min=1.0)
+
+
+def _alpha(b: Binding) -> Number:
+    """alpha_t = max(eps2, RMS(p)) rho_t; sets RMS(p) too."""
+    if b.rule.eps2 is None:
+        return b.scalars.rho
+    param_sq = _partials(b).param_sq
+    assert param_sq is not None
+    b.param_rms = (param_sq / b.planned.spec.numel).sqrt()
+    scale = b.param_rms
+    if b.rule.weight_decay is not None and b.rule.weight_decay.before_rms:
+        scale = scale * abs(_decay(b))
+    return scale.clamp(min=b.rule.eps2) * b.scalars.rho
+
+
+def _decay(b: Binding) -> Number:
+    """What the parameter is multiplied by before the update is subtracted."""
+    decay = b.rule.weight_decay
+    if decay is None:
+        return 1.0
+    factor = {DecayFactor.ALPHA: b.alpha, DecayFactor.LR: b.scalars.lr, DecayFactor.ONE: 1.0}[decay.factor]
+    assert factor is not None
+    return 1.0 - decay.coefficient * factor
+
+
+# --- writes -----------------------------------------------------------------------------------------------------
+
+
+def _write(b: Binding, target: Tensor, value: Tensor) -> None:
+    """Store a value, unless the step of this tensor is skipped."""
+    target.copy_(value if b.skip is None else torch.where(b.skip, target, value))
+
+
+def _write_moments(b: Binding, exp_avg: Tensor) -> None:
+    partials = _partials(b)
+    view = b.planned.spec.view
+    # var_max is a function of the old second moments, so it goes first.
+    if b.var_max is not None:
+        new = _new_var_max(b)
+        _write(b, b.var_max if view is None else view.to_matrices(b.var_max), new)
+    if b.exp_avg is not None:
+        _write(b, b.exp_avg if view is None else view.to_matrices(b.exp_avg), exp_avg)
+    if b.var is not None:
+        _write(b, b.var, _new_var(b))
+    for target, factor in ((b.row_var, partials.row_var), (b.col_var, partials.col_var)):
+        if target is not None and factor is not None:
+            _write(b, target, factor)
+
+
+def _write_param(b: Binding, delta: Tensor) -> None:
+    """p ← round(decay p - delta), delta in full shape."""
+    spec = b.planned.spec
+    value = _read(b, b.param)
+    if b.compensation is not None:
+        value = value + _read(b, b.compensation)
+    value = _decay(b) * value - delta
+    if b.compensation is not None:
+        rounded, compensation = round_kahan(value, spec.param_dtype)
+        _write(b, b.compensation, compensation)
+    elif b.rule.rounding is Rounding.STOCHASTIC and b.rounding_key is not None:
+        rounded = round_stochastic(value, spec.param_dtype, b.rounding_key)
+    else:
+        rounded = round_nearest(value, spec.param_dtype)
+    _write(b, b.param, rounded)
+
+
+def _partials(b: Binding) -> _Partials:
+    assert isinstance(b.scratch, _Partials)
+    return b.scratch

@@ -1,0 +1,499 @@
+"""The base of every dialect: the contract of ``torch.optim.Optimizer``, and the extras that all dialects share.
+
+A dialect adds a constructor, a ``StateLayout`` and ``_rule(group)``; there is no arithmetic here either.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypedDict, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, StateDict
+from typing_extensions import override
+
+from fused_adafactor import backends
+from fused_adafactor.engine import Engine, Task
+from fused_adafactor.plan import Activity
+from fused_adafactor.rounding import Rounding
+from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite, Rule, Scalars, StepCount
+from fused_adafactor.schedule import Number
+from fused_adafactor.spec import TensorId, TensorSpec, spec_of
+from fused_adafactor.state import (
+    StateLayout,
+    adopt,
+    check_state,
+    counter,
+    entries_of,
+    init_state,
+)
+
+
+class Extras(TypedDict, total=False):
+    """Keyword-only arguments that every dialect takes beyond its peer's.
+
+    Attributes:
+        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend is used or refused with the reason;
+            "auto" chooses, and ``explain()`` says why. The environment variable FUSED_ADAFACTOR_BACKEND sets what
+            "auto" means.
+        rounding: How a bfloat16 or float16 parameter is written: "nearest", "stochastic" (bfloat16 only) or "kahan".
+        seed: Key of stochastic rounding; part of the state dict.
+        state_dtype: Dtype of the second moments: None for float32 (float64 for float64 parameters), or torch.float32,
+            torch.float64 or torch.bfloat16. In bfloat16 an average stops moving once a step changes it by less than
+            1/256 of itself.
+        max_grad_norm: Clip the gradients of all groups by their common norm inside the step, as
+            ``torch.nn.utils.clip_grad_norm_`` before it, without rewriting them; None for no clipping.
+        nonfinite: "propagate", or "skip" to leave parameter, state and step as they are when a gradient holds NaN
+            or Inf, or values whose sum of squares overflows. With a step counter per parameter it is that parameter
+            that is skipped, with a global one (Keras, optax) or a common norm it is the whole step.
+        capturable: Keep the step counter on the device, so that a step never asks the host for its number.
+        fused: True to take part in torch's GradScaler protocol (``grad_scale`` and ``found_inf``).
+        foreach: Accepted, changes nothing: tensors are always stepped together.
+        differentiable: Refused: a fused step has no autograd graph.
+    """
+
+    backend: str
+    rounding: str
+    seed: int
+    state_dtype: torch.dtype | None
+    max_grad_norm: float | None
+    nonfinite: str
+    capturable: bool
+    fused: bool | None
+    foreach: bool | None
+    differentiable: bool
+
+
+_EXTRA_DEFAULTS: dict[str, Any] = {
+    "rounding": "nearest",
+    "seed": 0,
+    "state_dtype": None,
+    "max_grad_norm": None,
+    "nonfinite": "propagate",
+    "capturable": False,
+    "fused": None,
+    "foreach": None,
+    "differentiable": False,
+}
+_STATE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
+
+
+class AdafactorBase(torch.optim.Optimizer, abc.ABC):
+    """What all dialects share. Not constructed directly.
+
+    Args:
+        params: Parameters, named parameters, or param groups, as for any torch optimizer.
+        defaults: The dialect's own hyperparameters.
+        extras: The arguments of ``Extras``.
+
+    Raises:
+        TypeError: An unknown extra, or a hyperparameter given as text.
+        ValueError: A value out of range; the message names the argument.
+    """
+
+    layout: ClassVar[StateLayout] = StateLayout()
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: Extras) -> None:
+        """Check the extras and build the param groups."""
+        given = dict(extras)
+        self.backend = cast(str, given.pop("backend", "auto"))
+        self._engine = Engine(backends.parse_request(self.backend), self.layout)
+        unknown = sorted(set(given) - set(_EXTRA_DEFAULTS))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}; beyond its peer's arguments "
+                f"it takes {', '.join(['backend', *_EXTRA_DEFAULTS])}"
+            )
+        super().__init__(params, {**_EXTRA_DEFAULTS, **given, **defaults})
+
+    # --- what a dialect says ------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """Turn a param group into a rule.
+
+        Raises:
+            ValueError: A hyperparameter is out of range.
+        """
+
+    def _param_rule(self, rule: Rule, id: TensorId, param: Tensor) -> Rule:
+        """The rule of one parameter, where it differs from that of its group."""
+        return rule
+
+    def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
+        """The group's lr of this step, as given."""
+        return cast("float | Tensor | None", group["lr"])
+
+    @staticmethod
+    def _shared(group: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a rule that comes from the extras, as arguments of ``Rule``."""
+        norm = group["max_grad_norm"]
+        return {
+            "rounding": Rounding.parse(group["rounding"]),
+            "state_dtype": group["state_dtype"],
+            "nonfinite": Nonfinite(group["nonfinite"]),
+            "grad_clip": None if norm is None else GradClip(GradClipKind.GLOBAL_NORM, float(norm), 1e-6),
+        }
+
+    # --- groups -------------------------------------------------------------------------------------------------
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            TypeError: A hyperparameter of the group is text.
+            ValueError: A hyperparameter of the group is out of range.
+        """
+        if isinstance(param_group, dict):
+            merged = {**self.defaults, **param_group}
+            _check_extras(merged)
+            if self._rule(merged).step_count is StepCount.GLOBAL and "step" not in param_group:
+                started = self.param_groups[0]["step"].item() if self.param_groups else 0.0
+                param_group["step"] = counter(started, torch.device("cpu"))
+        super().add_param_group(param_group)
+
+    def _ids(self) -> Iterable[tuple[dict[str, Any], Tensor, TensorId]]:
+        """Every parameter once, with its group and its identity."""
+        index = 0
+        seen: set[int] = set()
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for place, param in enumerate(group["params"]):
+                if id(param) not in seen:
+                    seen.add(id(param))
+                    yield group, param, TensorId(index, number, names[place] if names else None)
+                index += 1
+
+    # --- the step -----------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one optimization step.
+
+        Args:
+            closure: Re-evaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: A sparse or complex gradient, memory that overlaps, or tensors on different devices.
+            TypeError: A dtype that cannot be stepped, or a DTensor.
+            ValueError: State that does not fit its parameter, or a hyperparameter out of range. In every case no
+                parameter, state or step counter has been changed.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        drafts = self._draft()
+        if self._is_phantom_step(drafts):
+            return loss
+        self._engine.run(
+            self._commit(drafts), getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        return loss
+
+    def _draft(self) -> list[tuple[dict[str, Any], TensorSpec, Rule, Activity, Tensor]]:
+        """Check everything that this step concerns, changing nothing."""
+        rules = [self._rule(group) for group in self.param_groups]
+        for group in self.param_groups:
+            _check_extras(group)
+        drafts = []
+        for group, param, id in self._ids():
+            rule = self._param_rule(rules[id.group], id, param)
+            if param.grad is None and (rule.weight_average is None or param not in self.state):
+                continue
+            activity = Activity.AVERAGE if param.grad is None else Activity.UPDATE
+            spec = spec_of(id, param, param if param.grad is None else param.grad, rule)
+            check_state(self.state.get(param, {}), spec, rule, self.layout)
+            self._engine.facts(spec.device)
+            drafts.append((group, spec, rule, activity, param))
+        return drafts if any(draft[3] is Activity.UPDATE for draft in drafts) else []
+
+    def _commit(
+        self, drafts: list[tuple[dict[str, Any], TensorSpec, Rule, Activity, Tensor]]
+    ) -> list[Task]:
+        """Evaluate the schedules, then create missing state and advance the step counters."""
+        evaluated: dict[Any, tuple[Scalars, bool]] = {}
+        numbers = []
+        for group, _, rule, _, param in drafts:
+            call = _next_call(group, self._counter(group, rule, param))
+            key = (id(group), id(rule), call)
+            if key not in evaluated:
+                t, updates = rule.update_of(call)
+                evaluated[key] = (rule.scalars(t, _number(self._group_lr(group), call)), updates)
+            numbers.append(evaluated[key])
+        tasks = []
+        for (group, spec, rule, activity, param), (scalars, updates) in zip(drafts, numbers, strict=True):
+            state = self.state[param]
+            init_state(state, spec, rule, self.layout, param, _counter_device(group, param))
+            if activity is Activity.UPDATE and not updates:
+                activity = Activity.ACCUMULATE
+            counted = self._counter(group, rule, param)
+            assert counted is not None
+            tasks.append(
+                Task(
+                    spec=spec,
+                    rule=rule,
+                    activity=activity,
+                    scalars=scalars,
+                    param=param,
+                    grad=param.grad,
+                    state=state,
+                    counter=counted,
+                    seed=group["seed"],
+                )
+            )
+        for task in tasks:
+            if task.rule.step_count is StepCount.PER_PARAM and task.activity is not Activity.AVERAGE:
+                task.counter.add_(1)
+        if tasks:
+            for counted in {id(t.counter): t.counter for t in tasks if t.rule.step_count is StepCount.GLOBAL}.values():
+                counted.add_(1)
+        return tasks
+
+    def _counter(self, group: dict[str, Any], rule: Rule, param: Tensor) -> Tensor | None:
+        """The step counter that a parameter follows; None before its first step."""
+        if rule.step_count is StepCount.GLOBAL:
+            device = _counter_device(group, param)
+            if group["step"].device != device:
+                group["step"] = group["step"].to(device)
+            return cast(Tensor, group["step"])
+        return cast("Tensor | None", self.state.get(param, {}).get(self.layout.step))
+
+    def _is_phantom_step(
+        self, drafts: list[tuple[dict[str, Any], TensorSpec, Rule, Activity, Tensor]]
+    ) -> bool:
+        """Whether this is the step by which ``get_optimizer_state_dict`` makes a fresh optimizer create its state.
+
+        It calls step() with every lr and every gradient set to zero. State is created then, and nothing is counted:
+        peers that ignore lr decay the weights there, and all of them start the schedules one step late.
+        """
+        if self.state or not drafts or any(_known_nonzero(self._group_lr(g)) for g in self.param_groups):
+            return False
+        if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
+            return False
+        for group, spec, rule, _, param in drafts:
+            init_state(self.state[param], spec, rule, self.layout, param, _counter_device(group, param))
+        return True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # torch's GradScaler reads this. A property of the groups, so that it survives deepcopy and pickle.
+        return any(group.get("fused") for group in self.param_groups)
+
+    def explain(self) -> str:
+        """The plan of a step as a table: per tensor the backend, the launch, the sweeps, the bytes, and why.
+
+        Raises:
+            RuntimeError: The backend asked for cannot run; the same as ``step()`` would raise.
+        """
+        rules = [self._rule(group) for group in self.param_groups]
+        specs = []
+        for _, param, id in self._ids():
+            grad = param if param.grad is None else param.grad
+            specs.append(spec_of(id, param, grad, self._param_rule(rules[id.group], id, param)))
+        return self._engine.explain(specs, rules)
+
+    # --- state dict, copies -------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> StateDict:
+        """As ``torch.optim.Optimizer.state_dict``, without Python functions.
+
+        A schedule given as a function stays with the optimizer that has it, so that every state dict can be pickled
+        and loaded with ``weights_only=True``.
+        """
+        state_dict = super().state_dict()
+        state_dict["param_groups"] = [
+            {key: value for key, value in group.items() if not callable(value)}
+            for group in state_dict["param_groups"]
+        ]
+        return state_dict
+
+    @override
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of this dialect or of its peer.
+
+        Each entry gets the dtype that its rule wants, not that of the parameter, so that resuming in bfloat16 is bit
+        exact. Hyperparameters that the loaded groups lack (a peer knows no extras) stay as they are.
+
+        Args:
+            state_dict: From ``state_dict()`` of this dialect or its peer.
+
+        Raises:
+            ValueError: Groups or state that do not fit; parameters, groups and state are left as they were.
+        """
+        source: StateDict = {}
+
+        def complete(_: torch.optim.Optimizer, loaded: StateDict) -> StateDict:
+            source.update(self._completed(loaded))
+            self._check_loaded(source)
+            return source
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self._restore(source)
+
+        # Registered now, so as to come after the user's own pre-hooks and before their post-hooks.
+        handles = [
+            self.register_load_state_dict_pre_hook(complete),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _completed(self, loaded: StateDict) -> StateDict:
+        """The state dict with every key that our groups have and the loaded groups lack."""
+        groups = loaded["param_groups"]
+        kept = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in self.param_groups
+        ]
+        if len(groups) == len(kept):  # otherwise the base class raises
+            groups = [{**ours, **theirs} for ours, theirs in zip(kept, groups, strict=True)]
+        return {**loaded, "param_groups": groups}
+
+    def _loaded_specs(
+        self, source: StateDict
+    ) -> Iterable[tuple[dict[str, Any], dict[str, Any], Tensor, TensorSpec, Rule]]:
+        """(loaded group, loaded state, parameter, spec, rule) for every parameter that has loaded state."""
+        for saved_group, group in zip(source["param_groups"], self.param_groups, strict=True):
+            rule = self._rule({**saved_group, "params": group["params"]})
+            ids = {id(param): tensor_id for g, param, tensor_id in self._ids() if g is group}
+            for number, param in zip(saved_group["params"], group["params"], strict=True):
+                if number in source["state"] and id(param) in ids:
+                    tensor_id = ids[id(param)]
+                    own = self._param_rule(rule, tensor_id, param)
+                    spec = spec_of(tensor_id, param, param, own)
+                    yield saved_group, source["state"][number], param, spec, own
+
+    def _check_loaded(self, source: StateDict) -> None:
+        fits = len(source["param_groups"]) == len(self.param_groups) and all(
+            len(saved["params"]) == len(group["params"])
+            for saved, group in zip(source["param_groups"], self.param_groups, strict=True)
+        )
+        if not fits:
+            return  # the base class raises, with torch's texts
+        for group in source["param_groups"]:
+            _check_extras(group)
+        for _, saved, _, spec, rule in self._loaded_specs(source):
+            numbers_as_tensors = {
+                key: torch.as_tensor(value) if isinstance(value, int | float) else value
+                for key, value in saved.items()
+            }
+            check_state(numbers_as_tensors, spec, rule, self.layout, any_device=True)
+
+    def _restore(self, source: StateDict) -> None:
+        """Replace what the base class has cast to the parameter's dtype."""
+        for group, saved, param, spec, rule in self._loaded_specs(source):
+            state = self.state[param]
+            for name, entry in entries_of(spec, rule, self.layout).items():
+                key = self.layout.key(name)
+                if key not in saved:
+                    continue
+                state[key] = adopt(saved[key], name, entry, spec, self.layout)
+                if name == "step":
+                    state[key] = state[key].to(_counter_device(group, param))
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Dropped by the base class' __getstate__; without it a copy's step() on an accelerator looks for more keys.
+        self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
+        self.__dict__.setdefault("backend", "auto")
+        if "_engine" not in self.__dict__:
+            self._engine = Engine(backends.parse_request(self.backend), self.layout)
+        for group in self.param_groups:
+            for key, value in {**_EXTRA_DEFAULTS, **self.defaults}.items():
+                group.setdefault(key, value)
+            if "step" in group and not isinstance(group["step"], Tensor):
+                group["step"] = counter(float(group["step"]), torch.device("cpu"))
+            for param in group["params"]:
+                own = self.state.get(param, {})
+                if self.layout.step in own and not isinstance(own[self.layout.step], Tensor):
+                    value = float(own[self.layout.step])
+                    own[self.layout.step] = counter(value, _counter_device(group, param))
+
+
+# --- helpers of the groups --------------------------------------------------------------------------------------
+
+
+def require_numbers(**arguments: Any) -> None:
+    """Refuse hyperparameters that are text, as command lines and YAML files produce them.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    for name, value in arguments.items():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, str):
+                raise TypeError(f"{name} must be a number, got the text {part!r}")
+
+
+def _check_extras(group: Mapping[str, Any]) -> None:
+    """Check the values of the extras in a param group."""
+    if group["differentiable"]:
+        raise ValueError(
+            "differentiable=True is not available: the step is fused and writes in place, so autograd has nothing to "
+            "go through. Use a functional optimizer for meta-learning"
+        )
+    Rounding.parse(group["rounding"])
+    if group["nonfinite"] not in [member.value for member in Nonfinite]:
+        raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {group['nonfinite']!r}")
+    if group["state_dtype"] not in _STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got {group['state_dtype']!r}"
+            + ("; squared gradients leave float16's range" if group["state_dtype"] is torch.float16 else "")
+        )
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
+        raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {group['seed']!r}")
+    require_numbers(max_grad_norm=group["max_grad_norm"])
+    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {group['max_grad_norm']}")
+
+
+def _counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
+    """Where a step counter lives: beside the parameter where the host must not be asked, else on the host."""
+    on_device = group["capturable"] or group["fused"] or group["nonfinite"] == Nonfinite.SKIP.value
+    return param.device if on_device else torch.device("cpu")
+
+
+def _next_call(group: Mapping[str, Any], counted: Tensor | None) -> Number:
+    """Number of the coming call, from 1: a float where the counter is on the host, else a 0-d float64 tensor."""
+    if counted is None:
+        return 1.0
+    if counted.device.type == "cpu" and not group["capturable"]:
+        return float(counted) + 1.0
+    return counted.double() + 1.0
+
+
+def _number(lr: float | Tensor | None, call: Number) -> Number | None:
+    """The lr as a number of float64; a device tensor stays one."""
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.device.type == "cpu" and not isinstance(call, Tensor):
+        return float(lr)
+    return lr.reshape(()).double()
+
+
+def _known_nonzero(lr: float | Tensor | None) -> bool:
+    return lr is None or bool(lr != 0)

@@ -1,0 +1,164 @@
+"""What is to be stepped: one parameter and its gradient, described without pointers, and checked.
+
+A spec is all that a plan may know of a tensor. Making one is also the only place where a parameter and its gradient
+are checked, so that a step raises before it has touched anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.factoring import MatrixView
+from fused_adafactor.rounding import Rounding
+from fused_adafactor.rule import Rule, Structure, structure_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class TensorId:
+    """Which parameter: what messages say and what stochastic rounding is keyed by.
+
+    Attributes:
+        index: Position among all parameters of the optimizer, in the order of its groups.
+        group: Number of its param group.
+        name: Its name when the optimizer was given named parameters, else None.
+    """
+
+    index: int
+    group: int
+    name: str | None
+
+    def __str__(self) -> str:
+        """Name the parameter for a message."""
+        place = f"#{self.index} in group {self.group}"
+        return f"parameter {place}" if self.name is None else f"parameter {self.name!r} ({place})"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor to step; no pointers, hashable.
+
+    Attributes:
+        id: Which parameter.
+        shape: Shape of parameter and gradient.
+        param_strides: In elements.
+        grad_strides: In elements; may differ from the parameter's.
+        param_dtype: One of ``DTYPES``.
+        grad_dtype: One of ``DTYPES``.
+        math_dtype: float64 if the parameter or the gradient is, else float32.
+        device: Of both.
+        view: The matrices that are factored, or None.
+        structure: The switches of its rule.
+    """
+
+    id: TensorId
+    shape: tuple[int, ...]
+    param_strides: tuple[int, ...]
+    grad_strides: tuple[int, ...]
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    math_dtype: torch.dtype
+    device: torch.device
+    view: MatrixView | None
+    structure: Structure
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def keeps_compensation(self) -> bool:
+        """Whether a Kahan compensation is kept: only a low-precision parameter loses bits when written."""
+        return self.structure.rounding is Rounding.KAHAN and self.param_dtype in (
+            torch.bfloat16,
+            torch.float16,
+        )
+
+
+def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec:
+    """Check a parameter and its gradient, and describe them.
+
+    Raises:
+        RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or overlapping memory.
+        TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
+        ValueError: Shapes differ, or a rounding that the dtype does not have.
+    """
+    _check(id, param, grad, rule)
+    shape = tuple(param.shape)
+    double = torch.float64 in (param.dtype, grad.dtype)
+    return TensorSpec(
+        id=id,
+        shape=shape,
+        param_strides=param.stride(),
+        grad_strides=grad.stride(),
+        param_dtype=param.dtype,
+        grad_dtype=grad.dtype,
+        math_dtype=torch.float64 if double else torch.float32,
+        device=param.device,
+        view=rule.factoring.view_of(shape),
+        structure=structure_of(rule),
+    )
+
+
+def _check(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> None:
+    if param.is_complex() or grad.is_complex():
+        raise RuntimeError(
+            f"Adafactor does not support complex parameters: {id} is {param.dtype}; "
+            "optimize torch.view_as_real of it instead"
+        )
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"Adafactor does not support sparse gradients: that of {id} is {grad.layout}; "
+            "use sparse=False in the embedding, or grad.to_dense()"
+        )
+    if hasattr(param, "placements") or hasattr(grad, "placements"):
+        raise TypeError(
+            f"{id} is a distributed tensor (DTensor), which this version cannot step: its norms and factors need "
+            "sums over all ranks. Use DDP, or an unsharded parameter"
+        )
+    for what, tensor in (("", param), ("the gradient of ", grad)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{what}{id} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64"
+            )
+    if param.device != grad.device:
+        raise RuntimeError(
+            f"{id} is on {param.device} but its gradient is on {grad.device}; both must be on one device"
+        )
+    if param.device.type == "meta":
+        raise RuntimeError(f"{id} is on the meta device and has no values; materialize it before step()")
+    if param.shape != grad.shape:
+        raise ValueError(
+            f"{id} has shape {tuple(param.shape)} but its gradient has shape {tuple(grad.shape)}"
+        )
+    if _overlaps(param):
+        raise RuntimeError(
+            f"{id} of shape {tuple(param.shape)} and strides {param.stride()} has overlapping memory: several of its "
+            "elements share one location, so an in-place step is not defined. Use a .clone() of it as the parameter"
+        )
+    if rule.rounding is Rounding.STOCHASTIC and param.dtype is torch.float16:
+        raise ValueError(
+            f"rounding='stochastic' is not available for {id}, which is float16: its subnormals have no fixed number "
+            "of spare bits. Use rounding='kahan' or 'nearest', or bfloat16 parameters"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some stride does not clear the span of all smaller ones."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False

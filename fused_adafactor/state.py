@@ -1,0 +1,245 @@
+"""State layout: which tensors one parameter owns, under which names and in which shapes each dialect keeps them.
+
+A state entry has the shape and the key of the peer, so that checkpoints pass both ways; its memory is laid out as the
+backends read it, [..., n] and [..., m] contiguous, and the peer's shape is a view of that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.factoring import MatrixView
+from fused_adafactor.rule import Rule, StepCount
+from fused_adafactor.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """The peer's key of each entry, named as in the glossary.
+
+    Attributes:
+        row_var: Row second moment, [..., n].
+        col_var: Column second moment, [..., m].
+        var: Unfactored second moment, shape of the parameter.
+        var_max: AMSGrad's running maximum, shape of the parameter.
+        exp_avg: First moment, shape of the parameter.
+        step: Step counter, 0-d; only where steps are counted per parameter.
+        param_rms: RMS of the parameter before its last step, 0-d; None where the peer keeps none.
+        compensation: What rounding='kahan' carries over, shape and dtype of the parameter.
+        average: EMA of the weights, shape of the parameter.
+        accumulator: Sum of the gradients since the last update, shape of the parameter.
+        keepdim: Whether the factors keep the reduced dimension with size 1.
+    """
+
+    row_var: str = "row_var"
+    col_var: str = "col_var"
+    var: str = "variance"
+    var_max: str = "var_max"
+    exp_avg: str = "exp_avg"
+    step: str = "step"
+    param_rms: str | None = None
+    compensation: str = "kahan"
+    average: str = "average"
+    accumulator: str = "accumulator"
+    keepdim: bool = True
+
+    def key(self, entry: str) -> str:
+        """The peer's key of an entry."""
+        key: str | None = getattr(self, entry)
+        assert key is not None, entry
+        return key
+
+
+# Entries that a state must have as soon as it has any; the others are added when they are first needed.
+REQUIRED = ("step", "row_var", "col_var", "var", "var_max", "exp_avg")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Shape and dtype that one state entry must have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, Entry]:
+    """The entries that a tensor owns under a rule, by glossary name."""
+    full = spec.shape if spec.view is None or spec.view.permutation else spec.view.matrices
+    moment = rule.moment_dtype(spec.param_dtype)
+    entries: dict[str, Entry] = {}
+    if rule.step_count is StepCount.PER_PARAM:
+        entries["step"] = Entry((), _counter_dtype())
+    if spec.view is None:
+        entries["var"] = Entry(full, moment)
+    else:
+        for name in ("row_var", "col_var"):
+            entries[name] = Entry(_factor_shape(spec.view, name, layout.keepdim), moment)
+    if rule.amsgrad:
+        entries["var_max"] = Entry(full, moment)
+    if rule.momentum is not None:
+        entries["exp_avg"] = Entry(full, rule.momentum_dtype(spec.param_dtype))
+    if layout.param_rms is not None:
+        entries["param_rms"] = Entry((), spec.math_dtype)
+    if spec.keeps_compensation:
+        entries["compensation"] = Entry(spec.shape, spec.param_dtype)
+    if rule.weight_average is not None:
+        entries["average"] = Entry(spec.shape, spec.param_dtype)
+    if rule.accumulation_steps > 1:
+        entries["accumulator"] = Entry(spec.shape, spec.math_dtype)
+    return entries
+
+
+def counter(value: float, device: torch.device) -> Tensor:
+    """A step counter: 0-d, float32 (float64 if that is the default dtype), as in torch.optim."""
+    return torch.tensor(value, dtype=_counter_dtype(), device=device)
+
+
+def _counter_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+
+def init_state(
+    state: dict[str, Any],
+    spec: TensorSpec,
+    rule: Rule,
+    layout: StateLayout,
+    param: Tensor,
+    step_device: torch.device,
+) -> None:
+    """Add every missing entry of a tensor to its state, zero (the EMA of the weights starts at the weights)."""
+    for name, entry in entries_of(spec, rule, layout).items():
+        key = layout.key(name)
+        if key in state:
+            continue
+        if name == "step":
+            state[key] = counter(0.0, step_device)
+        elif name == "average":
+            state[key] = param.detach().clone()
+        elif name in ("row_var", "col_var"):
+            assert spec.view is not None
+            canonical = torch.zeros(
+                _canonical_shape(spec.view, name), dtype=entry.dtype, device=spec.device
+            )
+            state[key] = _from_canonical(canonical, spec.view, name, layout.keepdim)
+        elif entry.shape == spec.shape:
+            state[key] = torch.zeros_like(param, dtype=entry.dtype, requires_grad=False)
+        else:
+            state[key] = torch.zeros(entry.shape, dtype=entry.dtype, device=spec.device)
+
+
+def check_state(
+    state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout, *, any_device: bool = False
+) -> None:
+    """Check what a state has against what its tensor needs; an empty state is one that is not created yet.
+
+    Args:
+        state: By the peer's keys.
+        spec: The tensor.
+        rule: Its rule.
+        layout: The dialect's layout.
+        any_device: The state is about to be moved to its parameter.
+
+    Raises:
+        ValueError: An entry is missing, is no tensor, has another shape, or is a step that is no count; the message
+            names parameter, entry, what was expected and what came.
+        RuntimeError: An entry lies on another device than its parameter.
+    """
+    if not state:
+        return
+    for name, entry in entries_of(spec, rule, layout).items():
+        key = layout.key(name)
+        if key not in state:
+            if name in REQUIRED:
+                raise ValueError(
+                    f"state of {spec.id} lacks {key!r}; it has {', '.join(map(repr, state))}. Is this the checkpoint "
+                    "of another optimizer? fused_adafactor.convert_state_dict converts between dialects"
+                )
+            continue
+        value = state[key]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {key!r} of {spec.id} is {type(value).__name__}; expected a tensor")
+        if tuple(value.shape) != entry.shape:
+            raise ValueError(
+                f"state {key!r} of {spec.id} has shape {tuple(value.shape)}; expected {entry.shape} "
+                f"for a parameter of shape {spec.shape}. Is this the checkpoint of another model or optimizer?"
+            )
+        if not value.is_floating_point() and name not in ("step", "param_rms"):
+            raise ValueError(f"state {key!r} of {spec.id} has dtype {value.dtype}; expected {entry.dtype}")
+        if name == "step" and value.device.type == "cpu" and not 0 <= float(value) < math.inf:
+            raise ValueError(f"state {key!r} of {spec.id} is {float(value)}; expected a count of steps")
+        if name not in ("step", "param_rms") and not any_device and value.device != spec.device:
+            raise RuntimeError(
+                f"state {key!r} of {spec.id} is on {value.device} but the parameter is on {spec.device}; "
+                "load_state_dict moves the state to the parameters"
+            )
+
+
+def canonical(state: dict[str, Any], spec: TensorSpec, layout: StateLayout, name: str) -> Tensor | None:
+    """The entry as backends use it: factors as [..., n] or [..., m], all else as stored; None if absent."""
+    key: str | None = getattr(layout, name)
+    value = None if key is None else state.get(key)
+    if value is None or name not in ("row_var", "col_var") or spec.view is None:
+        return value
+    return _to_canonical(value, spec.view, name, layout.keepdim)
+
+
+def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLayout) -> Any:
+    """A loaded entry in the dtype, on the device and in the memory layout that the step wants; a copy.
+
+    Args:
+        value: A tensor, or a number where a peer keeps its step or RMS as one.
+        name: Glossary name of the entry.
+        entry: Shape and dtype wanted; a shape that differs is left for ``check_state`` to name.
+        spec: The tensor it belongs to.
+        layout: The dialect's layout.
+    """
+    tensor = torch.as_tensor(value)
+    if name in ("row_var", "col_var") and spec.view is not None and tuple(tensor.shape) == entry.shape:
+        compact = _to_canonical(tensor, spec.view, name, layout.keepdim)
+        compact = compact.to(spec.device, entry.dtype, copy=True).contiguous()
+        return _from_canonical(compact, spec.view, name, layout.keepdim)
+    return tensor.detach().to(spec.device, entry.dtype, copy=True)
+
+
+def _canonical_shape(view: MatrixView, name: str) -> tuple[int, ...]:
+    return view.row_shape if name == "row_var" else view.col_shape
+
+
+def _factor_shape(view: MatrixView, name: str, keepdim: bool) -> tuple[int, ...]:
+    """Shape in which the peer keeps a factor."""
+    reduced = -1 if name == "row_var" else -2
+    if view.permutation is None:
+        shape = list(view.matrices)
+    else:
+        shape = list(view.shape)
+        reduced = view.permutation[reduced]
+    if keepdim:
+        shape[reduced] = 1
+    else:
+        del shape[reduced]
+    return tuple(shape)
+
+
+def _from_canonical(factor: Tensor, view: MatrixView, name: str, keepdim: bool) -> Tensor:
+    """[..., n] or [..., m] as a view in the peer's shape."""
+    reduced = -1 if name == "row_var" else -2
+    full = factor.unsqueeze(reduced)
+    if view.permutation is not None:
+        full = view.from_matrices(full)
+        reduced = view.permutation[reduced]
+    return full if keepdim else full.squeeze(reduced)
+
+
+def _to_canonical(factor: Tensor, view: MatrixView, name: str, keepdim: bool) -> Tensor:
+    """The peer's shape as [..., n] or [..., m]."""
+    reduced = -1 if name == "row_var" else -2
+    place = reduced if view.permutation is None else view.permutation[reduced]
+    full = factor if keepdim else factor.unsqueeze(place)
+    if view.permutation is not None:
+        full = full.permute(view.permutation)
+    return full.squeeze(reduced)
