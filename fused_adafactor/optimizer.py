@@ -150,9 +150,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         if isinstance(param_group, dict):
             merged = {**self.defaults, **param_group}
             _check_extras(merged)
-            if self._rule(merged).step_count is StepCount.GLOBAL and "step" not in param_group:
-                started = self.param_groups[0]["step"].item() if self.param_groups else 0.0
-                param_group["step"] = counter(started, torch.device("cpu"))
+            if self._rule(merged).step_count is StepCount.GLOBAL:
+                shared = self.param_groups[0]["step"] if self.param_groups else None
+                param_group["step"] = counter(0.0, torch.device("cpu")) if shared is None else shared
         super().add_param_group(param_group)
 
     def _ids(self) -> Iterable[tuple[dict[str, Any], Tensor, TensorId]]:
@@ -267,11 +267,14 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     def _counter(self, group: dict[str, Any], rule: Rule, param: Tensor) -> Tensor | None:
         """The step counter that a parameter follows; None before its first step."""
         if rule.step_count is StepCount.GLOBAL:
-            device = _counter_device(group, param)
-            if group["step"].device != device:
-                group["step"] = group["step"].to(device)
+            self._share_counter(group["step"].to(_counter_device(group, param)))
             return cast(Tensor, group["step"])
         return cast("Tensor | None", self.state.get(param, {}).get(self.layout.step))
+
+    def _share_counter(self, shared: Tensor) -> None:
+        """Let every group follow one counter tensor: the global count of steps."""
+        for group in self.param_groups:
+            group["step"] = shared
 
     def _is_phantom_step(
         self, drafts: list[tuple[dict[str, Any], TensorSpec, Rule, Activity, Tensor]]
@@ -425,13 +428,15 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         for group in self.param_groups:
             for key, value in {**_EXTRA_DEFAULTS, **self.defaults}.items():
                 group.setdefault(key, value)
-            if "step" in group and not isinstance(group["step"], Tensor):
-                group["step"] = counter(float(group["step"]), torch.device("cpu"))
             for param in group["params"]:
                 own = self.state.get(param, {})
                 if self.layout.step in own and not isinstance(own[self.layout.step], Tensor):
                     value = float(own[self.layout.step])
                     own[self.layout.step] = counter(value, _counter_device(group, param))
+        if "step" in self.param_groups[0]:
+            # Copies and loaded state dicts have a counter per group, all of one value.
+            shared = self.param_groups[0]["step"]
+            self._share_counter(shared if isinstance(shared, Tensor) else counter(float(shared), torch.device("cpu")))
 
 
 # --- helpers of the groups --------------------------------------------------------------------------------------
