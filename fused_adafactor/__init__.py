@@ -1,4 +1,6 @@
-"""Adafactor as you use it today, fused: torch.optim's by default, other libraries' in ``fused_adafactor.dialects``."""
+"""Adafactor as you use it today, fused: torch.optim's by default, other libraries' in
+``fused_adafactor.dialects``.
+"""
 
 from fused_adafactor.dialects.torch import Adafactor
 

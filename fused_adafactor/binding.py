@@ -17,7 +17,8 @@ from fused_adafactor.schedule import Number
 class Binding:
     """What a backend gets of one tensor.
 
-    Shapes: [..., n, m] is the matrix view of the spec; "full" is the shape of the parameter. A state entry that the
+    Shapes: [..., n, m] is the matrix view of the spec; "full" is the shape of the parameter. A
+        state entry that the
     rule does not have is None.
 
     Attributes:
@@ -35,14 +36,17 @@ class Binding:
         compensation: Of Kahan's summation, full.
         average: EMA of the weights, full.
         accumulator: Sum of gradients since the last update, full.
-        grad_scale: What the raw gradient is multiplied by when it is read: -1 for maximize, 1 / loss scale.
+        grad_scale: What the raw gradient is multiplied by when it is read: -1 for maximize, 1 /
+            loss scale.
         rounding_key: Key of stochastic rounding, or None.
         grad_sq: Set by ``STATS``: Σ g² of the gradient as read, 0-d.
-        grad_factor: Set between ``STATS`` and ``FINALIZE`` where gradients are clipped by a norm, 0-d; else None.
+        grad_factor: Set between ``STATS`` and ``FINALIZE`` where gradients are clipped by a norm,
+            0-d; else None.
         skip: Set there too: 0-d bool, true if nothing may be written; None if that cannot be.
         param_rms: Set by ``FINALIZE``: RMS(p), 0-d, if the rule needs it.
         alpha: Set by ``FINALIZE``: the absolute step size alpha_t.
-        update_rms: Set by ``FINALIZE`` or ``UPDATE_RMS``: RMS(u) before clipping, 0-d, if the rule clips.
+        update_rms: Set by ``FINALIZE`` or ``UPDATE_RMS``: RMS(u) before clipping, 0-d, if the rule
+            clips.
         scratch: The backend's own partial sums.
     """
 

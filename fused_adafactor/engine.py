@@ -36,7 +36,8 @@ class Task:
         param: The parameter.
         grad: Its gradient; None if only the average moves.
         state: Its state, complete.
-        counter: The step counter that this call has advanced, to be set back if the step is skipped.
+        counter: The step counter that this call has advanced, to be set back if the step is
+            skipped.
         seed: Key of stochastic rounding.
     """
 
@@ -84,13 +85,17 @@ class Engine:
         return "\n\n".join(describe(plan) for plan in self.plan(specs, _joins(rules)))
 
     def run(
-        self, tasks: Sequence[Task], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        tasks: Sequence[Task],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """Execute one call of step().
 
         Args:
             tasks: The tensors, all checked, their step counters advanced.
-            grad_scale: Loss scale that the gradients still carry, 0-d, or None (torch's GradScaler protocol).
+            grad_scale: Loss scale that the gradients still carry, 0-d, or None (torch's GradScaler
+                protocol).
             found_inf: 0-d, nonzero if nothing may be written, or None.
         """
         joined = _joins([task.rule for task in tasks if task.activity is Activity.UPDATE])
@@ -181,11 +186,12 @@ def _initial_skip(b: Binding, found_inf: Tensor | None) -> Tensor | None:
 
 
 def _join(bindings: list[Binding]) -> None:
-    """Between the sums and the factors: norms for clipping, and what is not finite is marked to be skipped.
+    """Between the sums and the factors: norms for clipping, and what is not finite is marked to be
+    skipped.
 
-    The global norm is over every gradient of this call; each tensor is clipped by the threshold of its own rule.
-    Tensors that share a step counter are skipped together, so that the counter can be set back; a tensor that is
-    clipped by a norm that is not finite is skipped with it.
+    The global norm is over every gradient of this call; each tensor is clipped by the threshold of
+    its own rule. Tensors that share a step counter are skipped together, so that the counter can
+    be set back; a tensor that is clipped by a norm that is not finite is skipped with it.
     """
     with_sums = [b for b in bindings if b.grad_sq is not None]
     if not with_sums:
@@ -213,10 +219,12 @@ def _sum_on_first_device(values: list[Tensor]) -> Tensor:
 
 
 def _set_back(tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
-    """Take the advance of a step counter back where its step is skipped, without waiting for the device.
+    """Take the advance of a step counter back where its step is skipped, without waiting for the
+    device.
 
-    A skipped update of accumulated gradients gives the whole window back: the sum is lost, so the window starts anew.
-    A tensor that shares the counter but had no gradient is skipped with the others.
+    A skipped update of accumulated gradients gives the whole window back: the sum is lost, so the
+    window starts anew. A tensor that shares the counter but had no gradient is skipped with the
+    others.
     """
     skips: dict[int, Tensor] = {}
     for task, binding in zip(tasks, bindings, strict=True):
@@ -224,7 +232,9 @@ def _set_back(tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
             before = skips.get(id(task.counter))
             skip = binding.skip.to(task.counter.device)
             skips[id(task.counter)] = skip if before is None else before | skip
-    windows = {id(t.counter): t.rule.accumulation_steps for t in tasks if t.activity is Activity.UPDATE}
+    windows = {
+        id(t.counter): t.rule.accumulation_steps for t in tasks if t.activity is Activity.UPDATE
+    }
     for task, binding in zip(tasks, bindings, strict=True):
         shared = skips.get(id(task.counter))
         if shared is not None and binding.activity is Activity.AVERAGE:

@@ -1,7 +1,8 @@
-"""Which two dimensions of a parameter are factored (K1), and the view [..., n, m] in which that is plain.
+"""Which two dimensions of a parameter are factored (K1), and the view [..., n, m] in which that is
+plain.
 
-Rows i run over the second last dimension of the view and columns j over the last. "Row" statistics are reduced over
-the columns: one value per row. Leaf: imports torch and the standard library only.
+Rows i run over the second last dimension of the view and columns j over the last. "Row" statistics
+are reduced over the columns: one value per row. Leaf: imports torch and the standard library only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class MatrixView:
     Attributes:
         shape: The parameter's shape.
         matrices: Shape of the view, [..., n, m].
-        permutation: Order in which the parameter's dimensions enter the view; None where the view is a reshape.
+        permutation: Order in which the parameter's dimensions enter the view; None where the view
+            is a reshape.
     """
 
     shape: tuple[int, ...]
@@ -59,19 +61,25 @@ class MatrixView:
 
     @cached_property
     def inverse(self) -> tuple[int, ...] | None:
-        """Order in which the view's dimensions enter the parameter; None where the view is a reshape."""
+        """Order in which the view's dimensions enter the parameter; None where the view is a
+        reshape.
+        """
         if self.permutation is None:
             return None
         return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
     def to_matrices(self, tensor: Tensor) -> Tensor:
-        """See ``tensor``, shaped like the parameter, as [..., n, m]. A copy only if a reshape cannot be a view."""
+        """See ``tensor``, shaped like the parameter, as [..., n, m]. A copy only if a reshape
+        cannot be a view.
+        """
         if self.permutation is None:
             return tensor.reshape(self.matrices)
         return tensor.permute(self.permutation)
 
     def from_matrices(self, tensor: Tensor) -> Tensor:
-        """See ``tensor``, [..., n, m], in the shape of the parameter; n or m may be 1 under a permutation."""
+        """See ``tensor``, [..., n, m], in the shape of the parameter; n or m may be 1 under a
+        permutation.
+        """
         if self.inverse is None:
             return tensor.reshape(self.shape)
         return tensor.permute(self.inverse)
@@ -83,14 +91,17 @@ class Factoring:
 
     Attributes:
         view: Which dimensions.
-        min_dim_size: Both factored dimensions must be at least this long, otherwise the tensor is unfactored.
+        min_dim_size: Both factored dimensions must be at least this long, otherwise the tensor is
+            unfactored.
     """
 
     view: View
     min_dim_size: int = 0
 
     def view_of(self, shape: tuple[int, ...]) -> MatrixView | None:
-        """Return the view of a parameter of ``shape``, or None if its second moment is not factored."""
+        """Return the view of a parameter of ``shape``, or None if its second moment is not
+        factored.
+        """
         rank = len(shape)
         if self.view is View.NONE or rank < 2:
             return None
@@ -111,9 +122,10 @@ class Factoring:
 def _two_dimensional(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of adafactor-pytorch's matrix for a tensor of rank 3 or more.
 
-    Rank 3 joins the last two dimensions. Above that the first half of the trailing dimensions (the longer half)
-    goes to the columns and the second half to the rows: a 4-D convolution (O, I, h, w) becomes (O w, I h). It is a
-    row-major reshape, not a permutation, so indices mix; that is the rule of the peer.
+    Rank 3 joins the last two dimensions. Above that the first half of the trailing dimensions (the
+    longer half) goes to the columns and the second half to the rows: a 4-D convolution (O, I, h,
+    w) becomes (O w, I h). It is a row-major reshape, not a permutation, so indices mix; that is
+    the rule of the peer.
     """
     tail = shape[2:]
     if len(tail) == 1:

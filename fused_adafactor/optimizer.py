@@ -1,6 +1,8 @@
-"""The base of every dialect: the contract of ``torch.optim.Optimizer``, and the extras that all dialects share.
+"""The base of every dialect: the contract of ``torch.optim.Optimizer``, and the extras that all
+dialects share.
 
-A dialect adds a constructor, a ``StateLayout`` and ``_rule(group)``; there is no arithmetic here either.
+A dialect adds a constructor, a ``StateLayout`` and ``_rule(group)``; there is no arithmetic here
+either.
 """
 
 from __future__ import annotations
@@ -35,20 +37,24 @@ class Extras(TypedDict, total=False):
     """Keyword-only arguments that every dialect takes beyond its peer's.
 
     Attributes:
-        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend is used or refused with the reason;
-            "auto" chooses, and ``explain()`` says why. The environment variable FUSED_ADAFACTOR_BACKEND sets what
-            "auto" means.
-        rounding: How a bfloat16 or float16 parameter is written: "nearest", "stochastic" (bfloat16 only) or "kahan".
+        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend is used or refused
+            with the reason; "auto" chooses, and ``explain()`` says why. The environment variable
+            FUSED_ADAFACTOR_BACKEND sets what "auto" means.
+        rounding: How a bfloat16 or float16 parameter is written: "nearest", "stochastic" (bfloat16
+            only) or "kahan".
         seed: Key of stochastic rounding; part of the state dict.
-        state_dtype: Dtype of the second moments: None for float32 (float64 for float64 parameters), or torch.float32,
-            torch.float64 or torch.bfloat16. In bfloat16 an average stops moving once a step changes it by less than
-            1/256 of itself.
+        state_dtype: Dtype of the second moments: None for float32 (float64 for float64
+            parameters), or torch.float32, torch.float64 or torch.bfloat16. In bfloat16 an average
+            stops moving once a step changes it by less than 1/256 of itself.
         max_grad_norm: Clip the gradients of all groups by their common norm inside the step, as
-            ``torch.nn.utils.clip_grad_norm_`` before it, without rewriting them; None for no clipping.
-        nonfinite: "propagate", or "skip" to leave parameter, state and step as they are when a gradient holds NaN
-            or Inf, or values whose sum of squares overflows. With a step counter per parameter it is that parameter
-            that is skipped, with a global one (Keras, optax) or a common norm it is the whole step.
-        capturable: Keep the step counter on the device, so that a step never asks the host for its number.
+            ``torch.nn.utils.clip_grad_norm_`` before it, without rewriting them; None for no
+            clipping.
+        nonfinite: "propagate", or "skip" to leave parameter, state and step as they are when a
+            gradient holds NaN or Inf, or values whose sum of squares overflows. With a step
+            counter per parameter it is that parameter that is skipped, with a global one (Keras,
+            optax) or a common norm it is the whole step.
+        capturable: Keep the step counter on the device, so that a step never asks the host for its
+            number.
         fused: True to take part in torch's GradScaler protocol (``grad_scale`` and ``found_inf``).
         foreach: Accepted, changes nothing: tensors are always stepped together.
         differentiable: Refused: a fused step has no autograd graph.
@@ -108,8 +114,6 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             )
         super().__init__(params, {**_EXTRA_DEFAULTS, **given, **defaults})
 
-    # --- what a dialect says ------------------------------------------------------------------------------------
-
     @abc.abstractmethod
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         """Turn a param group into a rule.
@@ -134,10 +138,10 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             "rounding": Rounding.parse(group["rounding"]),
             "state_dtype": group["state_dtype"],
             "nonfinite": Nonfinite(group["nonfinite"]),
-            "grad_clip": None if norm is None else GradClip(GradClipKind.GLOBAL_NORM, float(norm), 1e-6),
+            "grad_clip": None
+            if norm is None
+            else GradClip(GradClipKind.GLOBAL_NORM, float(norm), 1e-6),
         }
-
-    # --- groups -------------------------------------------------------------------------------------------------
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,7 +156,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             _check_extras(merged)
             if self._rule(merged).step_count is StepCount.GLOBAL:
                 shared = self.param_groups[0]["step"] if self.param_groups else None
-                param_group["step"] = counter(0.0, torch.device("cpu")) if shared is None else shared
+                param_group["step"] = (
+                    counter(0.0, torch.device("cpu")) if shared is None else shared
+                )
         super().add_param_group(param_group)
 
     def _ids(self) -> Iterable[tuple[dict[str, Any], Tensor, TensorId]]:
@@ -166,8 +172,6 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
                     seen.add(id(param))
                     yield group, param, TensorId(index, number, names[place] if names else None)
                 index += 1
-
-    # --- the step -----------------------------------------------------------------------------------------------
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -201,7 +205,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         if self._is_phantom_step(drafts):
             return loss
         self._engine.run(
-            self._commit(drafts), getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            self._commit(drafts),
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
         )
         return loss
 
@@ -236,7 +242,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
                 evaluated[key] = (rule.scalars(t, _number(self._group_lr(group), call)), updates)
             numbers.append(evaluated[key])
         tasks = []
-        for (group, spec, rule, activity, param), (scalars, updates) in zip(drafts, numbers, strict=True):
+        for (group, spec, rule, activity, param), (scalars, updates) in zip(
+            drafts, numbers, strict=True
+        ):
             state = self.state[param]
             init_state(state, spec, rule, self.layout, param, _counter_device(group, param))
             if activity is Activity.UPDATE and not updates:
@@ -257,10 +265,15 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
                 )
             )
         for task in tasks:
-            if task.rule.step_count is StepCount.PER_PARAM and task.activity is not Activity.AVERAGE:
+            if (
+                task.rule.step_count is StepCount.PER_PARAM
+                and task.activity is not Activity.AVERAGE
+            ):
                 task.counter.add_(1)
         if tasks:
-            for counted in {id(t.counter): t.counter for t in tasks if t.rule.step_count is StepCount.GLOBAL}.values():
+            for counted in {
+                id(t.counter): t.counter for t in tasks if t.rule.step_count is StepCount.GLOBAL
+            }.values():
                 counted.add_(1)
         return tasks
 
@@ -284,12 +297,18 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         It calls step() with every lr and every gradient set to zero. State is created then, and nothing is counted:
         peers that ignore lr decay the weights there, and all of them start the schedules one step late.
         """
-        if self.state or not drafts or any(_known_nonzero(self._group_lr(g)) for g in self.param_groups):
+        if (
+            self.state
+            or not drafts
+            or any(_known_nonzero(self._group_lr(g)) for g in self.param_groups)
+        ):
             return False
         if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
             return False
         for group, spec, rule, _, param in drafts:
-            init_state(self.state[param], spec, rule, self.layout, param, _counter_device(group, param))
+            init_state(
+                self.state[param], spec, rule, self.layout, param, _counter_device(group, param)
+            )
         return True
 
     @property
@@ -309,8 +328,6 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             grad = param if param.grad is None else param.grad
             specs.append(spec_of(id, param, grad, self._param_rule(rules[id.group], id, param)))
         return self._engine.explain(specs, rules)
-
-    # --- state dict, copies -------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> StateDict:
@@ -436,10 +453,11 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         if "step" in self.param_groups[0]:
             # Copies and loaded state dicts have a counter per group, all of one value.
             shared = self.param_groups[0]["step"]
-            self._share_counter(shared if isinstance(shared, Tensor) else counter(float(shared), torch.device("cpu")))
-
-
-# --- helpers of the groups --------------------------------------------------------------------------------------
+            self._share_counter(
+                shared
+                if isinstance(shared, Tensor)
+                else counter(float(shared), torch.device("cpu"))
+            )
 
 
 def require_numbers(**arguments: Any) -> None:
@@ -467,9 +485,17 @@ def _check_extras(group: Mapping[str, Any]) -> None:
     if group["state_dtype"] not in _STATE_DTYPES:
         raise ValueError(
             f"state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got {group['state_dtype']!r}"
-            + ("; squared gradients leave float16's range" if group["state_dtype"] is torch.float16 else "")
+            + (
+                "; squared gradients leave float16's range"
+                if group["state_dtype"] is torch.float16
+                else ""
+            )
         )
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
+    if (
+        isinstance(group["seed"], bool)
+        or not isinstance(group["seed"], int)
+        or not 0 <= group["seed"] < 2**64
+    ):
         raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {group['seed']!r}")
     require_numbers(max_grad_norm=group["max_grad_norm"])
     if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:

@@ -1,7 +1,8 @@
-"""The plan of a step: what is done to which tensor, in which phases and with how many sweeps. Pure; no pointers.
+"""The plan of a step: what is done to which tensor, in which phases and with how many sweeps.
+Pure; no pointers.
 
-A plan depends on specs and on what the backend can do, never on values, so it is made once and reused until a shape,
-a dtype, a layout or a switch changes.
+A plan depends on specs and on what the backend can do, never on values, so it is made once and
+reused until a shape, a dtype, a layout or a switch changes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from fused_adafactor.spec import TensorSpec
 class Phase(str, Enum):
     """The steps of one update, in order; the one contract of every backend.
 
-    ``APPLY`` is the only phase that may write a parameter or its state, so that a step can be given up before it.
+    ``APPLY`` is the only phase that may write a parameter or its state, so that a step can be
+    given up before it.
     """
 
     STATS = "stats"  # sums over the gradient and the parameter
@@ -64,8 +66,8 @@ class PlannedTensor:
         spec: The tensor.
         launch: How it is stepped.
         sweeps: How often its gradient is read in an update.
-        bytes: Least traffic of those sweeps over gradient and parameter: sweeps reads of g, one read and one write
-            of p, one more read of p for RMS(p).
+        bytes: Least traffic of those sweeps over gradient and parameter: sweeps reads of g, one
+            read and one write of p, one more read of p for RMS(p).
         why: Reason for the number of sweeps.
     """
 
@@ -83,7 +85,8 @@ class Plan:
     Attributes:
         facts: The backend.
         tensors: In order.
-        segments: Phases that run without anything between them. There is more than one where tensors must be joined
+        segments: Phases that run without anything between them. There is more than one where
+            tensors must be joined
             first: by a global gradient norm, or to skip a step together.
     """
 
@@ -98,7 +101,8 @@ def make_plan(specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan
     Args:
         specs: What is to be stepped.
         facts: The backend.
-        joined: Whether something must be known of all tensors together between ``STATS`` and ``FINALIZE``.
+        joined: Whether something must be known of all tensors together between ``STATS`` and
+            ``FINALIZE``.
     """
     tensors = tuple(_plan_tensor(spec, facts) for spec in specs)
     rest = (Phase.FINALIZE, Phase.UPDATE_RMS, Phase.APPLY)
@@ -116,7 +120,9 @@ def _plan_tensor(spec: TensorSpec, facts: Facts) -> PlannedTensor:
         sweeps * spec.grad_dtype.itemsize
         + (3 if spec.structure.param_scale else 2) * spec.param_dtype.itemsize
     )
-    return PlannedTensor(spec, launch, sweeps, traffic, obstacle or "Σu² follows from the first sweep")
+    return PlannedTensor(
+        spec, launch, sweeps, traffic, obstacle or "Σu² follows from the first sweep"
+    )
 
 
 def _third_sweep(spec: TensorSpec, facts: Facts) -> str | None:

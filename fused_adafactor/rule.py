@@ -1,8 +1,9 @@
 """The one parameterised update rule: every axis on which the Adafactors in use differ, as data.
 
-A dialect turns a param group into a ``Rule``; everything below it (state, plan, engine, backends) reads the rule and
-knows no dialect. Knobs are numbered K1 to K11 as in ``docs/rule.md``. Formulas are those of arXiv 1804.04235,
-Algorithms 4 (matrices) and 5 (vectors); the function that evaluates them is ``backends/reference.py``.
+A dialect turns a param group into a ``Rule``; everything below it (state, plan, engine, backends)
+reads the rule and knows no dialect. Knobs are numbered K1 to K11 as in ``docs/rule.md``. Formulas
+are those of arXiv 1804.04235, Algorithms 4 (matrices) and 5 (vectors); the function that evaluates
+them is ``backends/reference.py``.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class WeightDecay:
 
 @dataclass(frozen=True)
 class WeightAverage:
-    """Keras' ``use_ema``: avg = momentum avg + (1 - momentum) p after every call; avg = p at the first.
+    """Keras' ``use_ema``: avg = momentum avg + (1 - momentum) p after every call; avg = p at the
+    first.
 
     Attributes:
         momentum: In [0, 1].
@@ -123,7 +125,9 @@ class WeightAverage:
 
 
 class Scalars(NamedTuple):
-    """The numbers of one step t, in float64: Python floats, or 0-d tensors where t or lr lives on a device."""
+    """The numbers of one step t, in float64: Python floats, or 0-d tensors where t or lr lives on
+    a device.
+    """
 
     t: Number
     lr: Number | None
@@ -140,9 +144,11 @@ class Rule:
 
     Attributes:
         factoring: K1, the matrix view.
-        sums: The second moments hold sums over the reduced dimension, not means (adafactor-pytorch's checkpoints).
+        sums: The second moments hold sums over the reduced dimension, not means
+            (adafactor-pytorch's checkpoints).
         eps1_rule: K2, how eps1 enters.
-        eps1: K2, its value; None for the machine epsilon of each parameter's own dtype, as torch.optim says it.
+        eps1: K2, its value; None for the machine epsilon of each parameter's own dtype, as
+            torch.optim says it.
         beta2: K3.
         step_size: K4, rho_t.
         eps2: K5, the step is scaled by max(eps2, RMS(p)); None switches the parameter scale off.
@@ -185,9 +191,9 @@ class Rule:
     def eps1_of(self, param_dtype: torch.dtype, math_dtype: torch.dtype) -> float:
         """eps1 for one tensor, large enough that no formula divides by zero.
 
-        Added eps1 stays a normal number of the math dtype. A clamp acts on v through eps1², so there eps1 itself
-        stays above the root of the smallest normal number: with the paper's 1e-30 torch.optim's float32 clamp
-        underflows to 0 and an all-zero row becomes NaN.
+        Added eps1 stays a normal number of the math dtype. A clamp acts on v through eps1², so
+        there eps1 itself stays above the root of the smallest normal number: with the paper's
+        1e-30 torch.optim's float32 clamp underflows to 0 and an all-zero row becomes NaN.
         """
         tiny = torch.finfo(math_dtype).tiny
         value = torch.finfo(param_dtype).eps if self.eps1 is None else self.eps1
@@ -213,7 +219,8 @@ class Rule:
             lr: The group's lr as given, or None where the rule does not use it.
 
         Raises:
-            ValueError: A schedule needs what is not there: a lr that is None, a host t for a Python function.
+            ValueError: A schedule needs what is not there: a lr that is None, a host t for a
+                Python function.
         """
         beta1: Number = 0.0
         numerator_scale: Number = 1.0
@@ -229,7 +236,9 @@ class Rule:
         return Scalars(t, lr, rho, beta2, beta1, numerator_scale, amsgrad_scale)
 
     def update_of(self, call: Number) -> tuple[Number, bool]:
-        """The update t that call number ``call`` (from 1) belongs to, and whether that call makes the update."""
+        """The update t that call number ``call`` (from 1) belongs to, and whether that call makes
+        the update.
+        """
         k = self.accumulation_steps
         if k == 1:
             return call, True
@@ -243,7 +252,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Structure:
-    """The part of a rule that shapes a plan and its kernels: switches, no numbers that change between steps."""
+    """The part of a rule that shapes a plan and its kernels: switches, no numbers that change
+    between steps.
+    """
 
     factored_by: str
     eps1_rule: Eps1Rule

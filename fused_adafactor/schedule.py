@@ -1,8 +1,9 @@
 """Schedules of the step t: the moment decays beta_t (K3, K7) and the relative step size rho_t (K4).
 
-A schedule is data: a frozen, hashable record that is called with t. t counts from 1 and is either a Python float
-(the step counter lives on the host) or a 0-d float64 tensor (it lives on a device, and nothing may wait for it); the
-same expression serves both. Leaf: imports torch and the standard library only.
+A schedule is data: a frozen, hashable record that is called with t. t counts from 1 and is either
+a Python float (the step counter lives on the host) or a 0-d float64 tensor (it lives on a device,
+and nothing may wait for it); the same expression serves both. Leaf: imports torch and the standard
+library only.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _as_tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:
         x if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
         for x in (a, b)
     )
-    # torch.minimum wants one device; a 0-d host tensor beside a device tensor is a lr given on the host.
+    # torch.minimum wants one device; a 0-d host tensor beside a device tensor is a lr given on the
+    # host.
     return first.to(like.device), second.to(like.device)
 
 
@@ -59,8 +61,9 @@ class PowerDecay:
 
     Attributes:
         exponent: c > 0 of the paper (0.8); torch, transformers and Keras spell it as -0.8.
-        offset: Steps to forget, as optax' and big_vision's ``decay_offset``. Their code raises a negative
-            number to a power while t <= offset and returns NaN; here beta stays 0 until then.
+        offset: Steps to forget, as optax' and big_vision's ``decay_offset``. Their code raises a
+            negative number to a power while t <= offset and returns NaN; here beta stays 0 until
+            then.
         cap: Largest value, as big_vision's ``beta2_cap``; None for no cap.
     """
 
@@ -79,7 +82,8 @@ class PowerDecay:
 class BiasCorrected:
     """beta_t = b (1 - b^(t-1)) / (1 - b^t): Adam's corrected decay, arXiv 1804.04235 section 7.1.
 
-    beta_1 = 0, so the first average is the first value. It is the ``non_constant_decay`` of adafactor-pytorch.
+    beta_1 = 0, so the first average is the first value. It is the ``non_constant_decay`` of
+    adafactor-pytorch.
     """
 
     beta: float

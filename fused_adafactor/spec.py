@@ -1,7 +1,7 @@
 """What is to be stepped: one parameter and its gradient, described without pointers, and checked.
 
-A spec is all that a plan may know of a tensor. Making one is also the only place where a parameter and its gradient
-are checked, so that a step raises before it has touched anything.
+A spec is all that a plan may know of a tensor. Making one is also the only place where a parameter
+and its gradient are checked, so that a step raises before it has touched anything.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class TensorSpec:
 
     @property
     def keeps_compensation(self) -> bool:
-        """Whether a Kahan compensation is kept: only a low-precision parameter loses bits when written."""
+        """Whether a Kahan compensation is kept: only a low-precision parameter loses bits when
+        written.
+        """
         return self.structure.rounding is Rounding.KAHAN and self.param_dtype in (
             torch.bfloat16,
             torch.float16,
@@ -87,7 +89,8 @@ def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec
     """Check a parameter and its gradient, and describe them.
 
     Raises:
-        RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or overlapping memory.
+        RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or
+            overlapping memory.
         TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
         ValueError: Shapes differ, or a rounding that the dtype does not have.
     """
@@ -134,7 +137,9 @@ def _check(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> None:
             f"{id} is on {param.device} but its gradient is on {grad.device}; both must be on one device"
         )
     if param.device.type == "meta":
-        raise RuntimeError(f"{id} is on the meta device and has no values; materialize it before step()")
+        raise RuntimeError(
+            f"{id} is on the meta device and has no values; materialize it before step()"
+        )
     if param.shape != grad.shape:
         raise ValueError(
             f"{id} has shape {tuple(param.shape)} but its gradient has shape {tuple(grad.shape)}"
@@ -152,7 +157,9 @@ def _check(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: some stride does not clear the span of all smaller ones."""
+    """Whether two elements may share memory: some stride does not clear the span of all smaller
+    ones.
+    """
     span = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:

@@ -1,7 +1,9 @@
-"""State layout: which tensors one parameter owns, under which names and in which shapes each dialect keeps them.
+"""State layout: which tensors one parameter owns, under which names and in which shapes each
+dialect keeps them.
 
-A state entry has the shape and the key of the peer, so that checkpoints pass both ways; its memory is laid out as the
-backends read it, [..., n] and [..., m] contiguous, and the peer's shape is a view of that.
+A state entry has the shape and the key of the peer, so that checkpoints pass both ways; its memory
+is laid out as the backends read it, [..., n] and [..., m] contiguous, and the peer's shape is a
+view of that.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class StateLayout:
         return key
 
 
-# Entries that a state must have as soon as it has any; the others are added when they are first needed.
+# Entries that a state must have as soon as it has any; the others are added when they are first
+# needed.
 REQUIRED = ("step", "row_var", "col_var", "var", "var_max", "exp_avg")
 
 
@@ -111,7 +114,9 @@ def init_state(
     param: Tensor,
     step_device: torch.device,
 ) -> None:
-    """Add every missing entry of a tensor to its state, zero (the EMA of the weights starts at the weights)."""
+    """Add every missing entry of a tensor to its state, zero (the EMA of the weights starts at the
+    weights).
+    """
     for name, entry in entries_of(spec, rule, layout).items():
         key = layout.key(name)
         if key in state:
@@ -133,9 +138,15 @@ def init_state(
 
 
 def check_state(
-    state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout, *, any_device: bool = False
+    state: dict[str, Any],
+    spec: TensorSpec,
+    rule: Rule,
+    layout: StateLayout,
+    *,
+    any_device: bool = False,
 ) -> None:
-    """Check what a state has against what its tensor needs; an empty state is one that is not created yet.
+    """Check what a state has against what its tensor needs; an empty state is one that is not
+    created yet.
 
     Args:
         state: By the peer's keys.
@@ -145,8 +156,8 @@ def check_state(
         any_device: The state is about to be moved to its parameter.
 
     Raises:
-        ValueError: An entry is missing, is no tensor, has another shape, or is a step that is no count; the message
-            names parameter, entry, what was expected and what came.
+        ValueError: An entry is missing, is no tensor, has another shape, or is a step that is no
+            count; the message names parameter, entry, what was expected and what came.
         RuntimeError: An entry lies on another device than its parameter.
     """
     if not state:
@@ -162,16 +173,22 @@ def check_state(
             continue
         value = state[key]
         if not isinstance(value, Tensor):
-            raise ValueError(f"state {key!r} of {spec.id} is {type(value).__name__}; expected a tensor")
+            raise ValueError(
+                f"state {key!r} of {spec.id} is {type(value).__name__}; expected a tensor"
+            )
         if tuple(value.shape) != entry.shape:
             raise ValueError(
                 f"state {key!r} of {spec.id} has shape {tuple(value.shape)}; expected {entry.shape} "
                 f"for a parameter of shape {spec.shape}. Is this the checkpoint of another model or optimizer?"
             )
         if not value.is_floating_point() and name not in ("step", "param_rms"):
-            raise ValueError(f"state {key!r} of {spec.id} has dtype {value.dtype}; expected {entry.dtype}")
+            raise ValueError(
+                f"state {key!r} of {spec.id} has dtype {value.dtype}; expected {entry.dtype}"
+            )
         if name == "step" and value.device.type == "cpu" and not 0 <= float(value) < math.inf:
-            raise ValueError(f"state {key!r} of {spec.id} is {float(value)}; expected a count of steps")
+            raise ValueError(
+                f"state {key!r} of {spec.id} is {float(value)}; expected a count of steps"
+            )
         if name not in ("step", "param_rms") and not any_device and value.device != spec.device:
             raise RuntimeError(
                 f"state {key!r} of {spec.id} is on {value.device} but the parameter is on {spec.device}; "
@@ -179,8 +196,12 @@ def check_state(
             )
 
 
-def canonical(state: dict[str, Any], spec: TensorSpec, layout: StateLayout, name: str) -> Tensor | None:
-    """The entry as backends use it: factors as [..., n] or [..., m], all else as stored; None if absent."""
+def canonical(
+    state: dict[str, Any], spec: TensorSpec, layout: StateLayout, name: str
+) -> Tensor | None:
+    """The entry as backends use it: factors as [..., n] or [..., m], all else as stored; None if
+    absent.
+    """
     key: str | None = getattr(layout, name)
     value = None if key is None else state.get(key)
     if value is None or name not in ("row_var", "col_var") or spec.view is None:
@@ -189,7 +210,8 @@ def canonical(state: dict[str, Any], spec: TensorSpec, layout: StateLayout, name
 
 
 def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLayout) -> Any:
-    """A loaded entry in the dtype, on the device and in the memory layout that the step wants; a copy.
+    """A loaded entry in the dtype, on the device and in the memory layout that the step wants; a
+    copy.
 
     Args:
         value: A tensor, or a number where a peer keeps its step or RMS as one.
@@ -199,7 +221,11 @@ def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLa
         layout: The dialect's layout.
     """
     tensor = torch.as_tensor(value)
-    if name in ("row_var", "col_var") and spec.view is not None and tuple(tensor.shape) == entry.shape:
+    if (
+        name in ("row_var", "col_var")
+        and spec.view is not None
+        and tuple(tensor.shape) == entry.shape
+    ):
         compact = _to_canonical(tensor, spec.view, name, layout.keepdim)
         compact = compact.to(spec.device, entry.dtype, copy=True).contiguous()
         return _from_canonical(compact, spec.view, name, layout.keepdim)

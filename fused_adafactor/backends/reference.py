@@ -1,10 +1,12 @@
-"""The reference: the update in eager torch. It is the specification that every other backend must agree with.
+"""The reference: the update in eager torch. It is the specification that every other backend must
+agree with.
 
-No cleverness: one tensor at a time, every formula once, in float64 for float64 tensors and in float32 otherwise.
-Equations are numbered as in ``docs/rule.md``; arXiv 1804.04235, Algorithms 4 and 5, is their source.
+No cleverness: one tensor at a time, every formula once, in float64 for float64 tensors and in
+float32 otherwise. Equations are numbered as in ``docs/rule.md``; arXiv 1804.04235, Algorithms 4
+and 5, is their source.
 
-Nothing here reads a value on the host, and only ``apply`` (and ``accumulate`` and ``average``, the two activities
-that have no update) writes a parameter or its state.
+Nothing here reads a value on the host, and only ``apply`` (and ``accumulate`` and ``average``, the
+two activities that have no update) writes a parameter or its state.
 """
 
 from __future__ import annotations
@@ -52,9 +54,6 @@ def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
             average(binding)
 
 
-# --- phases -----------------------------------------------------------------------------------------------------
-
-
 def stats(b: Binding) -> None:
     """Sums over the gradient and the parameter.
 
@@ -88,7 +87,9 @@ def finalize(b: Binding) -> None:
         # The two-sweep identity: v_ij = row_var_i col_var_j / norm, so that
         # Σ_ij num_ij² / v_ij = norm Σ_j (1 / col_var_j) Σ_i num_ij² / row_var_i, and the inner sum needs no col_var.
         assert partials.col_var is not None
-        partials.update_sq = (_norm(b) * partials.col_weighted / partials.col_var.unsqueeze(-2)).sum()
+        partials.update_sq = (
+            _norm(b) * partials.col_weighted / partials.col_var.unsqueeze(-2)
+        ).sum()
     b.alpha = _alpha(b)
     _set_update_rms(b)
 
@@ -101,7 +102,7 @@ def update_rms(b: Binding) -> None:
 
 
 def apply(b: Binding) -> None:
-    """p ← decay p - delta, and every state entry."""
+    """P ← decay p - delta, and every state entry."""
     delta = _update(b) / _clip_factor(b)
     exp_avg = _new_exp_avg_of_update(b, delta)
     if b.rule.momentum is None or b.rule.momentum.site is MomentumSite.GRAD:
@@ -118,14 +119,14 @@ def apply(b: Binding) -> None:
 
 
 def accumulate(b: Binding) -> None:
-    """accumulator ← accumulator + g, between two updates."""
+    """Accumulator ← accumulator + g, between two updates."""
     assert b.grad is not None
     assert b.accumulator is not None
     _write(b, b.accumulator, b.accumulator + b.grad.to(b.accumulator.dtype) * b.grad_scale)
 
 
 def average(b: Binding) -> None:
-    """avg ← momentum avg + (1 - momentum) p, p being the parameter as stored; momentum is 0 at t = 1 (Keras)."""
+    """Avg ← momentum avg + (1 - momentum) p, p being the parameter as stored; momentum is 0 at t = 1 (Keras)."""
     rule = b.rule.weight_average
     if rule is None or b.average is None:
         return
@@ -149,15 +150,12 @@ _PHASES: dict[Phase, Callable[[Binding], None]] = {
 }
 
 
-# --- formulas ---------------------------------------------------------------------------------------------------
-
-
 def _read(b: Binding, tensor: Tensor) -> Tensor:
     return tensor.to(b.planned.spec.math_dtype)
 
 
 def _read_grad(b: Binding) -> Tensor:
-    """g in the math dtype and the matrix view: unscaled, averaged over accumulated steps, clipped by value.
+    """G in the math dtype and the matrix view: unscaled, averaged over accumulated steps, clipped by value.
 
     Keras' order: divide by the loss scale, average, clip.
     """
@@ -273,7 +271,7 @@ def _new_var_max(b: Binding) -> Tensor:
 
 
 def _update(b: Binding) -> Tensor:
-    """u before clipping, [..., n, m] or full."""
+    """U before clipping, [..., n, m] or full."""
     if not b.rule.amsgrad:
         return _numerator(b) * _inverse_root(b)
     root = (_read(b, _new_var_max(b)) * b.scalars.amsgrad_scale).sqrt()
@@ -312,12 +310,11 @@ def _decay(b: Binding) -> Number:
     decay = b.rule.weight_decay
     if decay is None:
         return 1.0
-    factor = {DecayFactor.ALPHA: b.alpha, DecayFactor.LR: b.scalars.lr, DecayFactor.ONE: 1.0}[decay.factor]
+    factor = {DecayFactor.ALPHA: b.alpha, DecayFactor.LR: b.scalars.lr, DecayFactor.ONE: 1.0}[
+        decay.factor
+    ]
     assert factor is not None
     return 1.0 - decay.coefficient * factor
-
-
-# --- writes -----------------------------------------------------------------------------------------------------
 
 
 def _write(b: Binding, target: Tensor, value: Tensor) -> None:
@@ -342,7 +339,7 @@ def _write_moments(b: Binding, exp_avg: Tensor) -> None:
 
 
 def _write_param(b: Binding, delta: Tensor) -> None:
-    """p ← round(decay p - delta), delta in full shape."""
+    """P ← round(decay p - delta), delta in full shape."""
     spec = b.planned.spec
     value = _read(b, b.param)
     if b.compensation is not None:

@@ -22,16 +22,16 @@ class Adafactor(AdafactorBase):
 
         p ← (1 - lr weight_decay) p - s rho_t u / max(1, RMS(u) / d)
 
-    u is g / sqrt(v), v factored over the last two dimensions; eps[0] is not added to g² but clamps mean(row_var) and,
-    squared, v.
+    u is g / sqrt(v), v factored over the last two dimensions; eps[0] is not added to g² but clamps
+    mean(row_var) and, squared, v.
 
     Args:
         params: Parameters, named parameters or param groups.
-        lr: Largest relative step size; it is a cap, so from t > 1 / lr² on it has no effect. Float or one-element
-            tensor.
+        lr: Largest relative step size; it is a cap, so from t > 1 / lr² on it has no effect. Float
+            or one-element tensor.
         beta2_decay: -c in beta2_t = 1 - t^-c, at most 0.
-        eps: (eps1, eps2): floor of the second moments, and of RMS(p). eps1 None is the machine epsilon of each
-            parameter's own dtype.
+        eps: (eps1, eps2): floor of the second moments, and of RMS(p). eps1 None is the machine
+            epsilon of each parameter's own dtype.
         d: Clipping threshold of RMS(u), at least 1.
         weight_decay: Decoupled, times lr.
         foreach: Accepted, changes nothing.
@@ -42,9 +42,10 @@ class Adafactor(AdafactorBase):
         ValueError: An argument out of range, with torch's texts.
 
     Differs from ``torch.optim.Adafactor`` where that has a bug or loses precision:
-        Second moments are float32 for bfloat16 and float16 parameters, and so is the arithmetic. eps1=None is
-        resolved for each tensor, not for the first of a group. An eps1 whose square underflows gives no NaN. Tensors
-        without elements are stepped. A copied optimizer can step on an accelerator.
+        Second moments are float32 for bfloat16 and float16 parameters, and so is the arithmetic.
+        eps1=None is resolved for each tensor, not for the first of a group. An eps1 whose square
+        underflows gives no NaN. Tensors without elements are stepped. A copied optimizer can step
+        on an accelerator.
 
     References:
         Shazeer and Stern, Adafactor, arXiv 1804.04235, Algorithms 4 and 5.
