@@ -1,5 +1,7 @@
-"""Adafactor as you use it today, fused: torch.optim's by default, other libraries' in
-``fused_adafactor.dialects``.
+"""Adafactor as you use it today, fused.
+
+``Adafactor`` is that of torch.optim; those of other libraries are in ``fused_adafactor.dialects``.
+
 """
 
 from fused_adafactor.dialects.torch import Adafactor

@@ -186,8 +186,7 @@ def _initial_skip(b: Binding, found_inf: Tensor | None) -> Tensor | None:
 
 
 def _join(bindings: list[Binding]) -> None:
-    """Between the sums and the factors: norms for clipping, and what is not finite is marked to be
-    skipped.
+    """Between the sums and the factors: norms to clip by, and marks on what is to be skipped.
 
     The global norm is over every gradient of this call; each tensor is clipped by the threshold of
     its own rule. Tensors that share a step counter are skipped together, so that the counter can
@@ -219,8 +218,7 @@ def _sum_on_first_device(values: list[Tensor]) -> Tensor:
 
 
 def _set_back(tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
-    """Take the advance of a step counter back where its step is skipped, without waiting for the
-    device.
+    """Take the advance of a step counter back where its step is skipped, asking no device.
 
     A skipped update of accumulated gradients gives the whole window back: the sum is lost, so the
     window starts anew. A tensor that shares the counter but had no gradient is skipped with the

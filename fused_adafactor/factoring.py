@@ -1,5 +1,4 @@
-"""Which two dimensions of a parameter are factored (K1), and the view [..., n, m] in which that is
-plain.
+"""Which two dimensions of a parameter are factored (K1): a view [..., n, m] of it.
 
 Rows i run over the second last dimension of the view and columns j over the last. "Row" statistics
 are reduced over the columns: one value per row. Leaf: imports torch and the standard library only.
@@ -61,25 +60,19 @@ class MatrixView:
 
     @cached_property
     def inverse(self) -> tuple[int, ...] | None:
-        """Order in which the view's dimensions enter the parameter; None where the view is a
-        reshape.
-        """
+        """Order in which the view's dimensions enter the parameter; None for a reshape."""
         if self.permutation is None:
             return None
         return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
     def to_matrices(self, tensor: Tensor) -> Tensor:
-        """See ``tensor``, shaped like the parameter, as [..., n, m]. A copy only if a reshape
-        cannot be a view.
-        """
+        """See a tensor shaped like the parameter as [..., n, m]; a copy only if it must be."""
         if self.permutation is None:
             return tensor.reshape(self.matrices)
         return tensor.permute(self.permutation)
 
     def from_matrices(self, tensor: Tensor) -> Tensor:
-        """See ``tensor``, [..., n, m], in the shape of the parameter; n or m may be 1 under a
-        permutation.
-        """
+        """See a tensor [..., n, m] like the parameter; n or m may be 1 under a permutation."""
         if self.inverse is None:
             return tensor.reshape(self.shape)
         return tensor.permute(self.inverse)
@@ -99,9 +92,7 @@ class Factoring:
     min_dim_size: int = 0
 
     def view_of(self, shape: tuple[int, ...]) -> MatrixView | None:
-        """Return the view of a parameter of ``shape``, or None if its second moment is not
-        factored.
-        """
+        """Return the view of a parameter of ``shape``; None if it is not factored."""
         rank = len(shape)
         if self.view is View.NONE or rank < 2:
             return None

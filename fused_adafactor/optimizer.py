@@ -1,5 +1,4 @@
-"""The base of every dialect: the contract of ``torch.optim.Optimizer``, and the extras that all
-dialects share.
+"""The base of every dialect: the contract of ``torch.optim.Optimizer``, and the shared extras.
 
 A dialect adds a constructor, a ``StateLayout`` and ``_rule(group)``; there is no arithmetic here
 either.
@@ -33,7 +32,7 @@ from fused_adafactor.state import (
 )
 
 
-class Extras(TypedDict, total=False):
+class TorchExtras(TypedDict, total=False):
     """Keyword-only arguments that every dialect takes beyond its peer's.
 
     Attributes:
@@ -56,7 +55,6 @@ class Extras(TypedDict, total=False):
         capturable: Keep the step counter on the device, so that a step never asks the host for its
             number.
         fused: True to take part in torch's GradScaler protocol (``grad_scale`` and ``found_inf``).
-        foreach: Accepted, changes nothing: tensors are always stepped together.
         differentiable: Refused: a fused step has no autograd graph.
     """
 
@@ -68,8 +66,17 @@ class Extras(TypedDict, total=False):
     nonfinite: str
     capturable: bool
     fused: bool | None
-    foreach: bool | None
     differentiable: bool
+
+
+class Extras(TorchExtras, total=False):
+    """The extras of a dialect whose peer has no ``foreach`` of its own.
+
+    Attributes:
+        foreach: Accepted, changes nothing: tensors are always stepped together.
+    """
+
+    foreach: bool | None
 
 
 _EXTRA_DEFAULTS: dict[str, Any] = {
@@ -101,7 +108,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
 
     layout: ClassVar[StateLayout] = StateLayout()
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: Extras) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
         """Check the extras and build the param groups."""
         given = dict(extras)
         self.backend = cast(str, given.pop("backend", "auto"))
@@ -109,8 +116,8 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         unknown = sorted(set(given) - set(_EXTRA_DEFAULTS))
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}; beyond its peer's arguments "
-                f"it takes {', '.join(['backend', *_EXTRA_DEFAULTS])}"
+                f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}; "
+                f"beyond its peer's arguments it takes {', '.join(['backend', *_EXTRA_DEFAULTS])}"
             )
         super().__init__(params, {**_EXTRA_DEFAULTS, **given, **defaults})
 
@@ -191,10 +198,10 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: A sparse or complex gradient, memory that overlaps, or tensors on different devices.
+            RuntimeError: A sparse or complex gradient, overlapping memory, or different devices.
             TypeError: A dtype that cannot be stepped, or a DTensor.
-            ValueError: State that does not fit its parameter, or a hyperparameter out of range. In every case no
-                parameter, state or step counter has been changed.
+            ValueError: State that does not fit its parameter, or a hyperparameter out of range. In
+                every case no parameter, state or step counter has been changed.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -292,10 +299,11 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     def _is_phantom_step(
         self, drafts: list[tuple[dict[str, Any], TensorSpec, Rule, Activity, Tensor]]
     ) -> bool:
-        """Whether this is the step by which ``get_optimizer_state_dict`` makes a fresh optimizer create its state.
+        """Whether ``get_optimizer_state_dict`` only wants a fresh optimizer to create its state.
 
-        It calls step() with every lr and every gradient set to zero. State is created then, and nothing is counted:
-        peers that ignore lr decay the weights there, and all of them start the schedules one step late.
+        It calls step() with every lr and every gradient set to zero. State is created then, and
+        nothing is counted: peers that ignore lr decay the weights there, and all of them start
+        their schedules one step late.
         """
         if (
             self.state
@@ -313,11 +321,11 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # torch's GradScaler reads this. A property of the groups, so that it survives deepcopy and pickle.
+        # Read by torch's GradScaler. Derived from the groups, so it survives deepcopy and pickle.
         return any(group.get("fused") for group in self.param_groups)
 
     def explain(self) -> str:
-        """The plan of a step as a table: per tensor the backend, the launch, the sweeps, the bytes, and why.
+        """The plan of a step as a table: per tensor the backend, launch, sweeps, bytes, and why.
 
         Raises:
             RuntimeError: The backend asked for cannot run; the same as ``step()`` would raise.
@@ -333,8 +341,8 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     def state_dict(self) -> StateDict:
         """As ``torch.optim.Optimizer.state_dict``, without Python functions.
 
-        A schedule given as a function stays with the optimizer that has it, so that every state dict can be pickled
-        and loaded with ``weights_only=True``.
+        A schedule given as a function stays with the optimizer that has it, so that every state
+        dict can be pickled and loaded with ``weights_only=True``.
         """
         state_dict = super().state_dict()
         state_dict["param_groups"] = [
@@ -347,14 +355,16 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this dialect or of its peer.
 
-        Each entry gets the dtype that its rule wants, not that of the parameter, so that resuming in bfloat16 is bit
-        exact. Hyperparameters that the loaded groups lack (a peer knows no extras) stay as they are.
+        Each entry gets the dtype that its rule wants, not that of the parameter, so that resuming
+        in bfloat16 is bit exact. Hyperparameters that the loaded groups lack (a peer knows no
+        extras) stay as they are.
 
         Args:
             state_dict: From ``state_dict()`` of this dialect or its peer.
 
         Raises:
-            ValueError: Groups or state that do not fit; parameters, groups and state are left as they were.
+            ValueError: Groups or state that do not fit; parameters, groups and state are left as
+                they were.
         """
         source: StateDict = {}
 
@@ -391,7 +401,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     def _loaded_specs(
         self, source: StateDict
     ) -> Iterable[tuple[dict[str, Any], dict[str, Any], Tensor, TensorSpec, Rule]]:
-        """(loaded group, loaded state, parameter, spec, rule) for every parameter that has loaded state."""
+        """(loaded group, loaded state, parameter, spec, rule) where there is loaded state."""
         for saved_group, group in zip(source["param_groups"], self.param_groups, strict=True):
             rule = self._rule({**saved_group, "params": group["params"]})
             ids = {id(param): tensor_id for g, param, tensor_id in self._ids() if g is group}
@@ -437,7 +447,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Dropped by the base class' __getstate__; without it a copy's step() on an accelerator looks for more keys.
+        # Dropped by the base class' __getstate__; a copy's step() on an accelerator wants it.
         self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
         self.__dict__.setdefault("backend", "auto")
         if "_engine" not in self.__dict__:
@@ -476,15 +486,16 @@ def _check_extras(group: Mapping[str, Any]) -> None:
     """Check the values of the extras in a param group."""
     if group["differentiable"]:
         raise ValueError(
-            "differentiable=True is not available: the step is fused and writes in place, so autograd has nothing to "
-            "go through. Use a functional optimizer for meta-learning"
+            "differentiable=True is not available: the step is fused and writes in place, so "
+            "autograd has nothing to go through. Use a functional optimizer for meta-learning"
         )
     Rounding.parse(group["rounding"])
     if group["nonfinite"] not in [member.value for member in Nonfinite]:
         raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {group['nonfinite']!r}")
     if group["state_dtype"] not in _STATE_DTYPES:
         raise ValueError(
-            f"state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got {group['state_dtype']!r}"
+            "state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got "
+            f"{group['state_dtype']!r}"
             + (
                 "; squared gradients leave float16's range"
                 if group["state_dtype"] is torch.float16
@@ -503,13 +514,13 @@ def _check_extras(group: Mapping[str, Any]) -> None:
 
 
 def _counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
-    """Where a step counter lives: beside the parameter where the host must not be asked, else on the host."""
+    """Where a step counter lives: on the host, unless the host must not be asked for it."""
     on_device = group["capturable"] or group["fused"] or group["nonfinite"] == Nonfinite.SKIP.value
     return param.device if on_device else torch.device("cpu")
 
 
 def _next_call(group: Mapping[str, Any], counted: Tensor | None) -> Number:
-    """Number of the coming call, from 1: a float where the counter is on the host, else a 0-d float64 tensor."""
+    """Number of the coming call, from 1: a float, or a 0-d float64 tensor where t is one."""
     if counted is None:
         return 1.0
     if counted.device.type == "cpu" and not group["capturable"]:

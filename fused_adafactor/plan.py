@@ -1,5 +1,4 @@
-"""The plan of a step: what is done to which tensor, in which phases and with how many sweeps.
-Pure; no pointers.
+"""The plan of a step: what is done to which tensor, in which phases, with how many sweeps.
 
 A plan depends on specs and on what the backend can do, never on values, so it is made once and
 reused until a shape, a dtype, a layout or a switch changes.
@@ -166,6 +165,7 @@ def describe(plan: Plan) -> str:
     total = sum(planned.bytes for planned in plan.tensors)
     phases = " | ".join(" > ".join(phase.value for phase in segment) for segment in plan.segments)
     lines.append(
-        f"{len(plan.tensors)} tensors on {plan.facts.backend} ({plan.facts.why}); {total:,} bytes a step; {phases}"
+        f"{len(plan.tensors)} tensors on {plan.facts.backend} ({plan.facts.why}); "
+        f"{total:,} bytes a step; {phases}"
     )
     return "\n".join(lines)

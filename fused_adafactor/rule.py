@@ -112,8 +112,7 @@ class WeightDecay:
 
 @dataclass(frozen=True)
 class WeightAverage:
-    """Keras' ``use_ema``: avg = momentum avg + (1 - momentum) p after every call; avg = p at the
-    first.
+    """Keras' ``use_ema``: avg = momentum avg + (1 - momentum) p after every call.
 
     Attributes:
         momentum: In [0, 1].
@@ -125,9 +124,7 @@ class WeightAverage:
 
 
 class Scalars(NamedTuple):
-    """The numbers of one step t, in float64: Python floats, or 0-d tensors where t or lr lives on
-    a device.
-    """
+    """The numbers of one step in float64: floats, or 0-d tensors where t or lr is on a device."""
 
     t: Number
     lr: Number | None
@@ -236,25 +233,22 @@ class Rule:
         return Scalars(t, lr, rho, beta2, beta1, numerator_scale, amsgrad_scale)
 
     def update_of(self, call: Number) -> tuple[Number, bool]:
-        """The update t that call number ``call`` (from 1) belongs to, and whether that call makes
-        the update.
-        """
+        """The update t that call number ``call`` (from 1) is part of; whether it completes it."""
         k = self.accumulation_steps
         if k == 1:
             return call, True
         if isinstance(call, Tensor):
             raise ValueError(
-                "gradient accumulation decides on the host whether a call updates, but the step counter is on a "
-                "device; capturable=True, fused=True and nonfinite='skip' keep it there. Accumulate in .grad instead"
+                "gradient accumulation decides on the host whether a call updates, but the step "
+                "counter is on a device; capturable=True, fused=True and nonfinite='skip' keep it "
+                "there. Accumulate in .grad instead"
             )
         return float((int(call) - 1) // k + 1), int(call) % k == 0
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The part of a rule that shapes a plan and its kernels: switches, no numbers that change
-    between steps.
-    """
+    """The part of a rule that shapes a plan and its kernels: switches, and no numbers."""
 
     factored_by: str
     eps1_rule: Eps1Rule

@@ -124,8 +124,9 @@ class Custom:
         """
         if isinstance(t, Tensor):
             raise ValueError(
-                f"{self.argument} is a Python function of the step, which needs the step counter on the host; "
-                "capturable=True, fused=True and nonfinite='skip' keep the counter on the device. "
+                f"{self.argument} is a Python function of the step, which needs the step counter "
+                "on the host; capturable=True, fused=True and nonfinite='skip' keep the counter on "
+                "the device. "
                 f"Give {self.argument} as a number, or switch these off"
             )
         return float(self.function(int(t)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rounding import Rounding
@@ -32,6 +33,7 @@ class TensorId:
     group: int
     name: str | None
 
+    @override
     def __str__(self) -> str:
         """Name the parameter for a message."""
         place = f"#{self.index} in group {self.group}"
@@ -76,9 +78,7 @@ class TensorSpec:
 
     @property
     def keeps_compensation(self) -> bool:
-        """Whether a Kahan compensation is kept: only a low-precision parameter loses bits when
-        written.
-        """
+        """Whether a Kahan compensation is kept: only low precision loses bits when written."""
         return self.structure.rounding is Rounding.KAHAN and self.param_dtype in (
             torch.bfloat16,
             torch.float16,
@@ -94,7 +94,9 @@ def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec
         TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
         ValueError: Shapes differ, or a rounding that the dtype does not have.
     """
-    _check(id, param, grad, rule)
+    _check_kinds(id, param, grad)
+    _check_pair(id, param, grad)
+    _check_rounding(id, param, rule)
     shape = tuple(param.shape)
     double = torch.float64 in (param.dtype, grad.dtype)
     return TensorSpec(
@@ -111,7 +113,8 @@ def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec
     )
 
 
-def _check(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> None:
+def _check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
+    """What the two tensors are."""
     if param.is_complex() or grad.is_complex():
         raise RuntimeError(
             f"Adafactor does not support complex parameters: {id} is {param.dtype}; "
@@ -124,17 +127,23 @@ def _check(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> None:
         )
     if hasattr(param, "placements") or hasattr(grad, "placements"):
         raise TypeError(
-            f"{id} is a distributed tensor (DTensor), which this version cannot step: its norms and factors need "
-            "sums over all ranks. Use DDP, or an unsharded parameter"
+            f"{id} is a distributed tensor (DTensor), which this version cannot step: its norms "
+            "and factors need sums over all ranks. Use DDP, or an unsharded parameter"
         )
     for what, tensor in (("", param), ("the gradient of ", grad)):
         if tensor.dtype not in DTYPES:
             raise TypeError(
-                f"{what}{id} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64"
+                f"{what}{id} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or "
+                "float64"
             )
+
+
+def _check_pair(id: TensorId, param: Tensor, grad: Tensor) -> None:
+    """Whether they fit together, and whether the parameter can be written in place."""
     if param.device != grad.device:
         raise RuntimeError(
-            f"{id} is on {param.device} but its gradient is on {grad.device}; both must be on one device"
+            f"{id} is on {param.device} but its gradient is on {grad.device}; both must be on one "
+            "device"
         )
     if param.device.type == "meta":
         raise RuntimeError(
@@ -146,20 +155,23 @@ def _check(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> None:
         )
     if _overlaps(param):
         raise RuntimeError(
-            f"{id} of shape {tuple(param.shape)} and strides {param.stride()} has overlapping memory: several of its "
-            "elements share one location, so an in-place step is not defined. Use a .clone() of it as the parameter"
+            f"{id} of shape {tuple(param.shape)} and strides {param.stride()} has overlapping "
+            "memory: several of its elements share one location, so an in-place step is not "
+            "defined. Use a .clone() of it as the parameter"
         )
+
+
+def _check_rounding(id: TensorId, param: Tensor, rule: Rule) -> None:
     if rule.rounding is Rounding.STOCHASTIC and param.dtype is torch.float16:
         raise ValueError(
-            f"rounding='stochastic' is not available for {id}, which is float16: its subnormals have no fixed number "
-            "of spare bits. Use rounding='kahan' or 'nearest', or bfloat16 parameters"
+            f"rounding='stochastic' is not available for {id}, which is float16: its subnormals "
+            "have no fixed number of spare bits. Use rounding='kahan' or 'nearest', or bfloat16 "
+            "parameters"
         )
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: some stride does not clear the span of all smaller
-    ones.
-    """
+    """Whether two elements may share memory: a stride does not clear the span of all smaller."""
     span = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:

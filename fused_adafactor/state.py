@@ -1,5 +1,4 @@
-"""State layout: which tensors one parameter owns, under which names and in which shapes each
-dialect keeps them.
+"""State layout: which tensors one parameter owns, and how each dialect names and shapes them.
 
 A state entry has the shape and the key of the peer, so that checkpoints pass both ways; its memory
 is laid out as the backends read it, [..., n] and [..., m] contiguous, and the peer's shape is a
@@ -114,9 +113,7 @@ def init_state(
     param: Tensor,
     step_device: torch.device,
 ) -> None:
-    """Add every missing entry of a tensor to its state, zero (the EMA of the weights starts at the
-    weights).
-    """
+    """Add every missing entry of a tensor to its state: zeros, the EMA as the weights are."""
     for name, entry in entries_of(spec, rule, layout).items():
         key = layout.key(name)
         if key in state:
@@ -145,8 +142,7 @@ def check_state(
     *,
     any_device: bool = False,
 ) -> None:
-    """Check what a state has against what its tensor needs; an empty state is one that is not
-    created yet.
+    """Check what a state has against what its tensor needs; an empty one is yet to be created.
 
     Args:
         state: By the peer's keys.
@@ -167,8 +163,9 @@ def check_state(
         if key not in state:
             if name in REQUIRED:
                 raise ValueError(
-                    f"state of {spec.id} lacks {key!r}; it has {', '.join(map(repr, state))}. Is this the checkpoint "
-                    "of another optimizer? fused_adafactor.convert_state_dict converts between dialects"
+                    f"state of {spec.id} lacks {key!r}; it has {', '.join(map(repr, state))}. "
+                    "Is this the checkpoint of another optimizer? "
+                    "fused_adafactor.convert_state_dict converts between dialects"
                 )
             continue
         value = state[key]
@@ -178,8 +175,9 @@ def check_state(
             )
         if tuple(value.shape) != entry.shape:
             raise ValueError(
-                f"state {key!r} of {spec.id} has shape {tuple(value.shape)}; expected {entry.shape} "
-                f"for a parameter of shape {spec.shape}. Is this the checkpoint of another model or optimizer?"
+                f"state {key!r} of {spec.id} has shape {tuple(value.shape)}; expected "
+                f"{entry.shape} for a parameter of shape {spec.shape}. Is this the checkpoint of "
+                "another model or optimizer?"
             )
         if not value.is_floating_point() and name not in ("step", "param_rms"):
             raise ValueError(
@@ -191,7 +189,8 @@ def check_state(
             )
         if name not in ("step", "param_rms") and not any_device and value.device != spec.device:
             raise RuntimeError(
-                f"state {key!r} of {spec.id} is on {value.device} but the parameter is on {spec.device}; "
+                f"state {key!r} of {spec.id} is on {value.device} but the parameter is on "
+                f"{spec.device}; "
                 "load_state_dict moves the state to the parameters"
             )
 
@@ -199,9 +198,7 @@ def check_state(
 def canonical(
     state: dict[str, Any], spec: TensorSpec, layout: StateLayout, name: str
 ) -> Tensor | None:
-    """The entry as backends use it: factors as [..., n] or [..., m], all else as stored; None if
-    absent.
-    """
+    """The entry as backends use it: factors as [..., n] or [..., m], all else as it is stored."""
     key: str | None = getattr(layout, name)
     value = None if key is None else state.get(key)
     if value is None or name not in ("row_var", "col_var") or spec.view is None:
@@ -210,8 +207,7 @@ def canonical(
 
 
 def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLayout) -> Any:
-    """A loaded entry in the dtype, on the device and in the memory layout that the step wants; a
-    copy.
+    """A copy of a loaded entry with the dtype, device and memory layout that the step wants.
 
     Args:
         value: A tensor, or a number where a peer keeps its step or RMS as one.

@@ -1,5 +1,6 @@
-"""Backends: each executes the phases of a plan. This file names them and chooses one; none imports
-another.
+"""Backends: each executes the phases of a plan, and none imports another.
+
+This file names them and chooses one.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Backend(Protocol):
 
 
 def parse_request(backend: str) -> str:
-    """Check a ``backend=`` argument; "auto" gives way to the environment variable
-    ``FUSED_ADAFACTOR_BACKEND``.
+    """Check a ``backend=`` argument.
+
+    "auto" gives way to the environment variable ``FUSED_ADAFACTOR_BACKEND``.
 
     Raises:
         ValueError: The argument or the variable is not one of ``REQUESTS``.

@@ -1,5 +1,4 @@
-"""The reference: the update in eager torch. It is the specification that every other backend must
-agree with.
+"""The reference: the update in eager torch, and the specification of every other backend.
 
 No cleverness: one tensor at a time, every formula once, in float64 for float64 tensors and in
 float32 otherwise. Equations are numbered as in ``docs/rule.md``; arXiv 1804.04235, Algorithms 4
@@ -57,7 +56,7 @@ def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
 def stats(b: Binding) -> None:
     """Sums over the gradient and the parameter.
 
-    With two sweeps also Σ_i num²/row_var_i: the new row_var_i is final as soon as row i has been read.
+    With two sweeps also Σ_i num²/row_var_i: row_var_i is final as soon as row i has been read.
     """
     partials = b.scratch = _Partials()
     grad = _read_grad(b)
@@ -85,7 +84,8 @@ def finalize(b: Binding) -> None:
         partials.col_var = _new_factor(b, b.col_var, partials.col_sq, -2)
     if partials.col_weighted is not None:
         # The two-sweep identity: v_ij = row_var_i col_var_j / norm, so that
-        # Σ_ij num_ij² / v_ij = norm Σ_j (1 / col_var_j) Σ_i num_ij² / row_var_i, and the inner sum needs no col_var.
+        # Σ_ij num_ij² / v_ij = norm Σ_j (1 / col_var_j) Σ_i num_ij² / row_var_i,
+        # and the inner sum needs no col_var.
         assert partials.col_var is not None
         partials.update_sq = (
             _norm(b) * partials.col_weighted / partials.col_var.unsqueeze(-2)
@@ -126,7 +126,10 @@ def accumulate(b: Binding) -> None:
 
 
 def average(b: Binding) -> None:
-    """Avg ← momentum avg + (1 - momentum) p, p being the parameter as stored; momentum is 0 at t = 1 (Keras)."""
+    """Move the EMA of the weights: avg ← momentum avg + (1 - momentum) p, p as it is stored.
+
+    momentum is 0 at t = 1, as in Keras.
+    """
     rule = b.rule.weight_average
     if rule is None or b.average is None:
         return
@@ -155,9 +158,9 @@ def _read(b: Binding, tensor: Tensor) -> Tensor:
 
 
 def _read_grad(b: Binding) -> Tensor:
-    """G in the math dtype and the matrix view: unscaled, averaged over accumulated steps, clipped by value.
+    """The gradient in the math dtype and the matrix view: unscaled, averaged, clipped.
 
-    Keras' order: divide by the loss scale, average, clip.
+    In Keras' order: divide by the loss scale, average over the accumulated steps, clip.
     """
     spec = b.planned.spec
     assert b.grad is not None
@@ -189,7 +192,7 @@ def _new_exp_avg(b: Binding, value: Tensor) -> Tensor:
 
 
 def _new_exp_avg_of_update(b: Binding, clipped: Tensor) -> Tensor:
-    """The first moment after this step at whichever site it is; the clipped update itself where there is none."""
+    """The first moment after this step, wherever it is; the clipped update where there is none."""
     momentum = b.rule.momentum
     if momentum is None:
         return clipped
@@ -204,9 +207,9 @@ def _eps1(b: Binding) -> float:
 
 
 def _new_factor(b: Binding, old: Tensor, sums: Tensor | None, reduced: int) -> Tensor:
-    """Second moment of rows (reduced = -1) or columns (-2), rounded to its state dtype and read back.
+    """Second moment of rows (reduced = -1) or columns (-2), rounded to its dtype and read back.
 
-    var_t = beta2_t var + (1 - beta2_t) (mean of g² over the reduced dimension [+ eps1]), or the sum of it.
+    var_t = beta2_t var + (1 - beta2_t) (mean of g² [+ eps1] over the reduced dimension, or sum).
     """
     spec = b.planned.spec
     assert sums is not None
@@ -226,7 +229,7 @@ def _new_moment(b: Binding, old: Tensor, value: Tensor) -> Tensor:
 
 
 def _norm(b: Binding) -> Tensor:
-    """What v_ij = row_var_i col_var_j / norm is divided by, [..., 1, 1]: mean(row_var), or its sum."""
+    """The norm of v_ij = row_var_i col_var_j / norm, [..., 1, 1]: mean(row_var), or its sum."""
     row_var = _partials(b).row_var
     assert row_var is not None
     norm = row_var.sum(dim=-1) if b.rule.sums else row_var.mean(dim=-1)
@@ -247,7 +250,8 @@ def _new_var(b: Binding) -> Tensor:
 def _inverse_root(b: Binding) -> Tensor:
     """1 / sqrt(v), never above 1 / eps1 where eps1 clamps v from below by eps1².
 
-    The factors are rooted before they meet: row_var_i col_var_j itself leaves float32's range long before v does.
+    The factors are rooted before they meet: row_var_i col_var_j leaves float32's range long before
+    v does.
     """
     if b.var is not None:
         root = _read(b, _new_var(b)).rsqrt()
@@ -301,7 +305,7 @@ def _alpha(b: Binding) -> Number:
     b.param_rms = (param_sq / b.planned.spec.numel).sqrt()
     scale = b.param_rms
     if b.rule.weight_decay is not None and b.rule.weight_decay.before_rms:
-        scale = scale * abs(_decay(b))
+        scale = (scale * _decay(b)).abs()
     return scale.clamp(min=b.rule.eps2) * b.scalars.rho
 
 
@@ -310,9 +314,12 @@ def _decay(b: Binding) -> Number:
     decay = b.rule.weight_decay
     if decay is None:
         return 1.0
-    factor = {DecayFactor.ALPHA: b.alpha, DecayFactor.LR: b.scalars.lr, DecayFactor.ONE: 1.0}[
-        decay.factor
-    ]
+    factors: dict[DecayFactor, Number | None] = {
+        DecayFactor.ALPHA: b.alpha,
+        DecayFactor.LR: b.scalars.lr,
+        DecayFactor.ONE: 1.0,
+    }
+    factor = factors[decay.factor]
     assert factor is not None
     return 1.0 - decay.coefficient * factor
 

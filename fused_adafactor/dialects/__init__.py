@@ -1,3 +1,1 @@
-"""Dialects: one thin class per Adafactor in use, with its constructor, param group keys and state
-keys.
-"""
+"""Dialects: one thin class per Adafactor in use, with its constructor and its keys."""

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, Extras, require_numbers
+from fused_adafactor.optimizer import AdafactorBase, TorchExtras, require_numbers
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Rule, WeightDecay
 from fused_adafactor.schedule import PowerDecay, StepSize
 
@@ -36,7 +36,7 @@ class Adafactor(AdafactorBase):
         weight_decay: Decoupled, times lr.
         foreach: Accepted, changes nothing.
         maximize: Step along the gradient.
-        **extras: See ``fused_adafactor.optimizer.Extras``.
+        **extras: See ``fused_adafactor.optimizer.TorchExtras``.
 
     Raises:
         ValueError: An argument out of range, with torch's texts.
@@ -62,7 +62,7 @@ class Adafactor(AdafactorBase):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
-        **extras: Unpack[Extras],
+        **extras: Unpack[TorchExtras],
     ) -> None:
         """Check the arguments as torch does and build the param groups."""
         defaults = {
