@@ -8,6 +8,7 @@ library only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -106,21 +107,26 @@ class Linear:
 
 @dataclass(frozen=True)
 class Custom:
-    """A user's Python function of the step, called with t as an int.
+    """A user's Python function of the step, called with an int.
 
     Attributes:
-        function: Takes t = 1, 2, ... and returns a number.
+        function: Takes ``first``, ``first + 1``, ... at t = 1, 2, ... and returns a number.
         argument: Name of the constructor argument that it came by, for messages.
+        first: 1 where the peer passes t, 0 where it passes the count of earlier steps (optax).
+        below: What it returns must be in [0, below).
     """
 
     function: Callable[[int], float]
     argument: str
+    first: int = 1
+    below: float = math.inf
 
     def __call__(self, t: Number) -> Number:
-        """Return function(t).
+        """Return the function's value at step t.
 
         Raises:
-            ValueError: t lives on a device, so that calling a Python function would wait for it.
+            ValueError: t lives on a device, so that calling a Python function would wait for it; or
+                the value is out of range.
         """
         if isinstance(t, Tensor):
             raise ValueError(
@@ -129,7 +135,14 @@ class Custom:
                 "the device. "
                 f"Give {self.argument} as a number, or switch these off"
             )
-        return float(self.function(int(t)))
+        count = int(t) - 1 + self.first
+        value = float(self.function(count))
+        if not 0.0 <= value < self.below:
+            raise ValueError(
+                f"{self.argument} returned {value} for step {count}; expected a number in "
+                f"[0, {self.below})"
+            )
+        return value
 
 
 Schedule: TypeAlias = Constant | PowerDecay | BiasCorrected | Linear | Custom
