@@ -108,6 +108,7 @@ class Engine:
             binding.skip = _initial_skip(binding, found_inf)
             bound.append((plan, binding))
         self._update(plans, [(p, b) for p, b in bound if b.activity is Activity.UPDATE])
+        self._keep_param_rms(tasks, [binding for _, binding in bound])
         _set_back(tasks, [binding for _, binding in bound])
         for plan in plans:
             backend = backends.load(plan.facts.backend)
@@ -124,6 +125,14 @@ class Engine:
             for plan in plans:
                 mine = [binding for owner, binding in bound if owner is plan]
                 backends.load(plan.facts.backend).run(plan.segments[number], mine)
+
+    def _keep_param_rms(self, tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
+        """Store RMS(p) where the state of the dialect has it."""
+        for task, binding in zip(tasks, bindings, strict=True):
+            kept = canonical(task.state, task.spec, self.layout, "param_rms")
+            rms = binding.param_rms
+            if kept is not None and rms is not None:
+                kept.copy_(rms if binding.skip is None else torch.where(binding.skip, kept, rms))
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:
         key = (specs, facts, joined)

@@ -117,7 +117,7 @@ def _plan_tensor(spec: TensorSpec, facts: Facts) -> PlannedTensor:
     sweeps = 2 if obstacle is None else 3
     traffic = spec.numel * (
         sweeps * spec.grad_dtype.itemsize
-        + (3 if spec.structure.param_scale else 2) * spec.param_dtype.itemsize
+        + (3 if spec.structure.param_rms else 2) * spec.param_dtype.itemsize
     )
     return PlannedTensor(
         spec, launch, sweeps, traffic, obstacle or "Σu² follows from the first sweep"

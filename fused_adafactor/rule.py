@@ -153,6 +153,7 @@ class Rule:
         momentum: K7, or None.
         amsgrad: K8, the running maximum of v, adafactor-pytorch's form.
         weight_decay: K9, or None.
+        keep_param_rms: RMS(p) is measured for the state, even where the step is not scaled by it.
         state_dtype: K10, of the second moments; None for float32 (float64 for float64 parameters).
         rounding: K10, how a low-precision parameter is written.
         step_count: K11.
@@ -175,6 +176,7 @@ class Rule:
     amsgrad: bool = False
     weight_decay: WeightDecay | None = None
     sums: bool = False
+    keep_param_rms: bool = False
     state_dtype: torch.dtype | None = None
     rounding: Rounding = Rounding.NEAREST
     step_count: StepCount = StepCount.PER_PARAM
@@ -184,6 +186,11 @@ class Rule:
     accumulation_steps: int = 1
     weight_average: WeightAverage | None = None
     nonfinite: Nonfinite = Nonfinite.PROPAGATE
+
+    @property
+    def measures_param_rms(self) -> bool:
+        """Whether ``FINALIZE`` has to know RMS(p)."""
+        return self.eps2 is not None or self.keep_param_rms
 
     def eps1_of(self, param_dtype: torch.dtype, math_dtype: torch.dtype) -> float:
         """eps1 for one tensor, large enough that no formula divides by zero.
@@ -253,6 +260,7 @@ class Structure:
     factored_by: str
     eps1_rule: Eps1Rule
     param_scale: bool
+    param_rms: bool
     update_clip: bool
     momentum: MomentumSite | None
     amsgrad: bool
@@ -270,6 +278,7 @@ def structure_of(rule: Rule) -> Structure:
         factored_by=rule.factoring.view.value,
         eps1_rule=rule.eps1_rule,
         param_scale=rule.eps2 is not None,
+        param_rms=rule.measures_param_rms,
         update_clip=rule.clip_threshold is not None,
         momentum=None if rule.momentum is None else rule.momentum.site,
         amsgrad=rule.amsgrad,

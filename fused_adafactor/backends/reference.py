@@ -62,7 +62,7 @@ def stats(b: Binding) -> None:
     grad = _read_grad(b)
     grad_sq = grad.square()
     b.grad_sq = grad_sq.sum()
-    if b.rule.eps2 is not None:
+    if b.rule.measures_param_rms:
         partials.param_sq = b.param.to(grad.dtype).square().sum()
     if b.row_var is not None:
         partials.row_sq = grad_sq.sum(dim=-1)
@@ -298,12 +298,13 @@ def _clip_factor(b: Binding) -> Number:
 
 def _alpha(b: Binding) -> Number:
     """alpha_t = max(eps2, RMS(p)) rho_t; sets RMS(p) too."""
+    param_sq = _partials(b).param_sq
+    if param_sq is not None:
+        b.param_rms = (param_sq / b.planned.spec.numel).sqrt()
     if b.rule.eps2 is None:
         return b.scalars.rho
-    param_sq = _partials(b).param_sq
-    assert param_sq is not None
-    b.param_rms = (param_sq / b.planned.spec.numel).sqrt()
     scale = b.param_rms
+    assert scale is not None
     if b.rule.weight_decay is not None and b.rule.weight_decay.before_rms:
         scale = (scale * _decay(b)).abs()
     return scale.clamp(min=b.rule.eps2) * b.scalars.rho
