@@ -112,7 +112,7 @@ class Engine:
         _set_back(tasks, [binding for _, binding in bound])
         for plan in plans:
             backend = backends.load(plan.facts.backend)
-            for activity in (Activity.ACCUMULATE, Activity.AVERAGE):
+            for activity in (Activity.ACCUMULATE, Activity.AVERAGE, Activity.DROP):
                 mine = [b for owner, b in bound if owner is plan and b.activity is activity]
                 backend.run_activity(activity, mine)
 
@@ -212,6 +212,8 @@ def _join(bindings: list[Binding]) -> None:
         if clip is not None and clip.kind is not GradClipKind.VALUE:
             norm_sq = b.grad_sq if clip.kind is GradClipKind.NORM else total_sq.to(b.grad_sq)
             b.grad_factor = (clip.threshold / (norm_sq.sqrt() + clip.eps)).clamp(max=1.0)
+            if clip.nan_if_not_finite:
+                b.grad_factor = b.grad_factor + (norm_sq - norm_sq)
             finite = finite & norm_sq.isfinite()
         if b.rule.nonfinite is Nonfinite.SKIP and b.rule.step_count is StepCount.GLOBAL:
             finite = finite & total_sq.isfinite().to(finite.device)
@@ -244,7 +246,7 @@ def _set_back(tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
     }
     for task, binding in zip(tasks, bindings, strict=True):
         shared = skips.get(id(task.counter))
-        if shared is not None and binding.activity is Activity.AVERAGE:
+        if shared is not None and binding.activity in (Activity.AVERAGE, Activity.DROP):
             binding.skip = shared.to(binding.param.device)
     for counter in {id(task.counter): task.counter for task in tasks}.values():
         if id(counter) in skips:

@@ -32,6 +32,7 @@ class Activity(str, Enum):
     UPDATE = "update"
     ACCUMULATE = "accumulate"  # gradient accumulation between two updates
     AVERAGE = "average"  # no gradient: only the EMA of the weights moves
+    DROP = "drop"  # no gradient when the others update: what was accumulated is lost (Keras)
 
 
 class Launch(str, Enum):

@@ -70,12 +70,14 @@ class GradClipKind(str, Enum):
 class GradClip:
     """Gradient clipping; for the two norms g is multiplied by min(1, threshold / (norm + eps)).
 
-    eps is 1e-6 for ``torch.nn.utils.clip_grad_norm_`` and 0 for Keras.
+    eps is 1e-6 for ``torch.nn.utils.clip_grad_norm_`` and 0 for Keras. A norm that is not finite
+    makes every gradient that it clips NaN where ``nan_if_not_finite`` (Keras' global norm).
     """
 
     kind: GradClipKind
     threshold: float
     eps: float = 0.0
+    nan_if_not_finite: bool = False
 
 
 @dataclass(frozen=True)

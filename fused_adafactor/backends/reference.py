@@ -50,6 +50,8 @@ def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
         if binding.planned.launch is not Launch.EMPTY:
             if activity is Activity.ACCUMULATE:
                 accumulate(binding)
+            elif activity is Activity.DROP and binding.accumulator is not None:
+                binding.accumulator.zero_()
             average(binding)
 
 
@@ -140,9 +142,11 @@ def average(b: Binding) -> None:
     if rule.overwrite_every is not None:
         due = t % rule.overwrite_every == 0
         if isinstance(due, Tensor):
-            b.param.copy_(torch.where(due, b.average, b.param))
+            _write(b, b.param, torch.where(due, b.average, b.param))
         elif due:
             _write(b, b.param, b.average)
+        if b.compensation is not None:  # it belongs to the parameter that was overwritten
+            _write(b, b.compensation, b.compensation * (1.0 - due * 1.0))
 
 
 _PHASES: dict[Phase, Callable[[Binding], None]] = {
