@@ -107,6 +107,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     """
 
     layout: ClassVar[StateLayout] = StateLayout()
+    lr_advice: ClassVar[str] = "Give lr as a number"
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
         """Check the extras and build the param groups."""
@@ -180,6 +181,27 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
                     yield group, param, TensorId(index, number, names[place] if names else None)
                 index += 1
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "step":
+            self._check_schedulable()
+        super().__setattr__(name, value)
+
+    def _check_schedulable(self) -> None:
+        """Refuse a torch lr scheduler where there is no number that it could scale.
+
+        A scheduler replaces ``step`` with a wrapper of it as soon as it has noted every group's lr
+        as its ``initial_lr``; left alone, it would then multiply None or a function.
+        """
+        for number, group in enumerate(self.param_groups):
+            noted = group.get("initial_lr", 0.0)
+            if noted is None or callable(noted):
+                for any_group in self.param_groups:
+                    any_group.pop("initial_lr", None)
+                raise ValueError(
+                    f"an lr scheduler needs a number to scale, but the lr of param group {number} "
+                    f"is {'None' if noted is None else 'a function of the step'}. {self.lr_advice}"
+                )
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -226,7 +248,8 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         drafts = []
         for group, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
-            if param.grad is None and (rule.weight_average is None or param not in self.state):
+            moves_without_grad = rule.weight_average is not None or rule.accumulation_steps > 1
+            if param.grad is None and (not moves_without_grad or param not in self.state):
                 continue
             activity = Activity.AVERAGE if param.grad is None else Activity.UPDATE
             spec = spec_of(id, param, param if param.grad is None else param.grad, rule)
@@ -240,13 +263,16 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
     ) -> list[Task]:
         """Evaluate the schedules, then create missing state and advance the step counters."""
         evaluated: dict[Any, tuple[Scalars, bool]] = {}
+        # Once a group: its lr may be a user's function.
+        groups = {id(group): group for group, *_ in drafts}
+        lrs = {key: self._group_lr(group) for key, group in groups.items()}
         numbers = []
         for group, _, rule, _, param in drafts:
             call = _next_call(group, self._counter(group, rule, param))
             key = (id(group), id(rule), call)
             if key not in evaluated:
                 t, updates = rule.update_of(call)
-                evaluated[key] = (rule.scalars(t, _number(self._group_lr(group), call)), updates)
+                evaluated[key] = (rule.scalars(t, _number(lrs[id(group)], call)), updates)
             numbers.append(evaluated[key])
         tasks = []
         for (group, spec, rule, activity, param), (scalars, updates) in zip(
@@ -256,6 +282,8 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             init_state(state, spec, rule, self.layout, param, _counter_device(group, param))
             if activity is Activity.UPDATE and not updates:
                 activity = Activity.ACCUMULATE
+            elif activity is Activity.AVERAGE and updates and rule.accumulation_steps > 1:
+                activity = Activity.DROP
             counted = self._counter(group, rule, param)
             assert counted is not None
             tasks.append(
@@ -272,9 +300,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
                 )
             )
         for task in tasks:
-            if (
-                task.rule.step_count is StepCount.PER_PARAM
-                and task.activity is not Activity.AVERAGE
+            if task.rule.step_count is StepCount.PER_PARAM and task.activity not in (
+                Activity.AVERAGE,
+                Activity.DROP,
             ):
                 task.counter.add_(1)
         if tasks:
@@ -306,9 +334,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         their schedules one step late.
         """
         if (
-            self.state
+            any(self.state.values())  # a read of optimizer.state[p] leaves an empty one
             or not drafts
-            or any(_known_nonzero(self._group_lr(g)) for g in self.param_groups)
+            or any(_known_nonzero(g["lr"]) for g in self.param_groups)
         ):
             return False
         if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
@@ -395,7 +423,11 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
             for group in self.param_groups
         ]
         if len(groups) == len(kept):  # otherwise the base class raises
-            groups = [{**ours, **theirs} for ours, theirs in zip(kept, groups, strict=True)]
+            # A peer's live state dict may hold its schedules as functions; ours stay as they are.
+            groups = [
+                {**ours, **{key: value for key, value in theirs.items() if not callable(value)}}
+                for ours, theirs in zip(kept, groups, strict=True)
+            ]
         return {**loaded, "param_groups": groups}
 
     def _loaded_specs(
@@ -537,5 +569,5 @@ def _number(lr: float | Tensor | None, call: Number) -> Number | None:
     return lr.reshape(()).double()
 
 
-def _known_nonzero(lr: float | Tensor | None) -> bool:
-    return lr is None or bool(lr != 0)
+def _known_nonzero(lr: float | Tensor | Callable[..., Any] | None) -> bool:
+    return lr is None or callable(lr) or bool(lr != 0)
