@@ -181,6 +181,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
                     yield group, param, TensorId(index, number, names[place] if names else None)
                 index += 1
 
+    @override
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step":
             self._check_schedulable()
