@@ -1,0 +1,158 @@
+"""Parameters, gradients and comparisons that the tests of the optimizers share."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHAPES = (
+    (7,),
+    (),
+    (6, 5),
+    (5, 9),
+    (1, 9),
+    (9, 1),
+    (4, 3, 5),
+    (4, 6, 3, 2),
+    (2, 3, 2, 3, 2),
+    (17, 23),
+)
+# Parity by tolerance: 12 steps and more of the same formulas in another order.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6}
+
+
+def make_params(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Normal parameters, the same values (rounded to `dtype`) for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    return [torch.nn.Parameter(p.to(dtype)) for p in drawn]
+
+
+def grad_values(params: Sequence[Tensor], step: int, scale: float = 1.0) -> list[Tensor]:
+    """Gradients of one step, in the parameters' dtypes; they depend on step and position only."""
+    grads = []
+    for index, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * (step + 1) + index)
+        drawn = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+        grads.append((drawn * scale).to(p.dtype))
+    return grads
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters in the order of the groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_steps(
+    optimizer: torch.optim.Optimizer, steps: int, start: int = 0, scale: float = 1.0
+) -> None:
+    """Steps number `start` to `start + steps - 1`, gradients from `grad_values`."""
+    params = params_of(optimizer)
+    for step in range(start, start + steps):
+        for p, g in zip(params, grad_values(params, step, scale), strict=True):
+            p.grad = g
+        optimizer.step()
+
+
+def clone_params(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
+    """Copies with the same memory layout, without gradients."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+# --- comparisons ---------------------------------------------------------------------------------
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit: NaN equals itself, -0 is not 0."""
+    if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+        return False
+    if a.device.type == "meta":
+        return True
+    raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*raw)
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """max|difference| over max|reference|; infinite where one of them is not finite."""
+    if ours.numel() == 0:
+        return 0.0
+    a, b = ours.detach().double(), reference.detach().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.inf
+    difference, size = (a - b).abs().max().item(), b.abs().max().item()
+    return difference / size if size else difference
+
+
+def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str) -> None:
+    assert ours.shape == reference.shape, what
+    error = relative_error(ours, reference)
+    assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:.3g}"
+
+
+def assert_close_optimizers(
+    ours: torch.optim.Optimizer, reference: torch.optim.Optimizer, tolerance: float
+) -> None:
+    """Compare parameters, and every state entry that the reference has."""
+    pairs = zip(params_of(ours), params_of(reference), strict=True)
+    for index, (p, q) in enumerate(pairs):
+        what = f"#{index} of shape {tuple(q.shape)}"
+        assert_close(p, q, tolerance, what)
+        assert (p in ours.state) == (q in reference.state), what
+        for key, value in reference.state.get(q, {}).items():
+            mine = torch.as_tensor(ours.state[p][key])
+            assert_close(mine, torch.as_tensor(value), tolerance, f"{key} of {what}")
+
+
+def assert_same_values(a: Any, b: Any, where: str = "state_dict") -> None:
+    """Two nested values, tensors compared bit by bit."""
+    assert type(a) is type(b), f"{where}: {type(a).__name__} and {type(b).__name__}"
+    if isinstance(a, Tensor):
+        assert same_bits(a, b), f"{where}: {a} and {b}"
+    elif isinstance(a, dict):
+        assert list(a) == list(b), f"{where}: keys {list(a)} and {list(b)}"
+        for key in a:
+            assert_same_values(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for place, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_values(x, y, f"{where}[{place}]")
+    else:
+        assert a == b or (a != a and b != b), f"{where}: {a!r} and {b!r}"
+
+
+def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    """Parameters and state dicts, bit by bit."""
+    for index, (p, q) in enumerate(zip(params_of(a), params_of(b), strict=True)):
+        assert same_bits(p, q), f"parameter #{index} of shape {tuple(p.shape)}"
+    assert_same_values(a.state_dict(), b.state_dict())
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Copies of all that a step may change, and of the gradients, which it may not."""
+    params = params_of(optimizer)
+    return {
+        "params": [p.detach().clone() for p in params],
+        "grads": [None if p.grad is None else p.grad.to_dense().clone() for p in params],
+        "owners": [list(map(id, group["params"])) for group in optimizer.param_groups],
+        "state": [copy.deepcopy(optimizer.state[p]) if p in optimizer.state else 0 for p in params],
+        "groups": [
+            {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+@contextlib.contextmanager
+def assert_untouched(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """What runs inside leaves parameters, gradients, state, groups and counters as they are."""
+    before = snapshot(optimizer)
+    yield
+    assert_same_values(snapshot(optimizer), before, "optimizer")
