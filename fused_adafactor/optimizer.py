@@ -269,7 +269,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         lrs = {key: self._group_lr(group) for key, group in groups.items()}
         numbers = []
         for group, _, rule, _, param in drafts:
-            call = _next_call(group, self._counter(group, rule, param))
+            call = _next_call(group, self._counter(group, rule, param), param)
             key = (id(group), id(rule), call)
             if key not in evaluated:
                 t, updates = rule.update_of(call)
@@ -552,12 +552,16 @@ def _counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
     return param.device if on_device else torch.device("cpu")
 
 
-def _next_call(group: Mapping[str, Any], counted: Tensor | None) -> Number:
-    """Number of the coming call, from 1: a float, or a 0-d float64 tensor where t is one."""
+def _next_call(group: Mapping[str, Any], counted: Tensor | None, param: Tensor) -> Number:
+    """Number of the coming call, from 1: a float, or a 0-d float64 tensor where t is one.
+
+    The first call is no exception, so that what cannot follow a device counter is refused at once.
+    """
+    device = _counter_device(group, param) if counted is None else counted.device
+    if device.type == "cpu" and not group["capturable"]:
+        return 1.0 if counted is None else float(counted) + 1.0
     if counted is None:
-        return 1.0
-    if counted.device.type == "cpu" and not group["capturable"]:
-        return float(counted) + 1.0
+        return torch.ones((), dtype=torch.float64, device=device)
     return counted.double() + 1.0
 
 
