@@ -60,4 +60,55 @@ TORCH = Dialect(
     },
 )
 
-DIALECTS = [TORCH]
+HF = Dialect(
+    "hf",
+    plain={"lr": 1e-2, "relative_step": False},
+    variants={
+        "defaults": {"lr": None, "relative_step": True},
+        "warmup": {"lr": None, "relative_step": True, "warmup_init": True},
+        "no_parameter_scale": {"scale_parameter": False, "weight_decay": 0.1},
+        "momentum": {"beta1": 0.9, "weight_decay": 0.1, "clip_threshold": 0.5},
+        "eps": {"eps": (1e-6, 1e-2), "decay_rate": -0.5},
+    },
+)
+ADAFACTOR_PYTORCH = Dialect(
+    "adafactor_pytorch",
+    class_name="AdaFactor",
+    plain={"lr": 1e-2},
+    variants={
+        "defaults": {"lr": None},
+        "no_momentum": {"beta1": 0.0, "weight_decay": 0.1},
+        "amsgrad": {"non_constant_decay": False, "ams_grad": True},
+        "constant_decay": {"non_constant_decay": False, "ams_grad": False, "weight_decay": 0.1},
+        "unfactored": {"enable_factorization": False},
+        "lr_decay_step": {"lr_decay_step": (2, 4), "lr_decay_factor": 0.5},
+    },
+)
+OPTAX = Dialect(
+    "optax",
+    plain={"learning_rate": 1e-2, "min_dim_size_to_factor": 2},
+    lr_argument="learning_rate",
+    variants={
+        "defaults": {"learning_rate": None, "min_dim_size_to_factor": 128},
+        "small_matrices": {},
+        "momentum": {"momentum": 0.9, "weight_decay_rate": 1e-3},
+        "low_precision_momentum": {"momentum": 0.9, "dtype_momentum": torch.bfloat16},
+        "no_clip_no_scale": {"clipping_threshold": None, "multiply_by_parameter_scale": False},
+        "decay_offset": {"decay_offset": 2},
+    },
+    counts_globally=True,
+)
+BIG_VISION = Dialect(
+    "big_vision",
+    plain={"lr": 1e-2, "min_dim_size_to_factor": 2},
+    variants={
+        "defaults": {"min_dim_size_to_factor": 16, "lr": 1.0},
+        "small_matrices": {"weight_decay": 0.1},
+        "clip": {"clipping_threshold": 0.5, "momentum_dtype": torch.float32},
+        "no_momentum": {"momentum": None, "clipping_threshold": 1.0, "unscaled_wd": True},
+        "offset_and_cap": {"decay_offset": 2, "beta2_cap": 0.5, "clipping_threshold": 1.0},
+    },
+)
+
+DIALECTS = [TORCH, HF, ADAFACTOR_PYTORCH, OPTAX, BIG_VISION]
+VARIANTS = [(dialect, name) for dialect in DIALECTS for name in dialect.variants]
