@@ -204,15 +204,15 @@ BIG_VISION_KWARGS: dict[str, dict[str, Any]] = {
     "caution": {"lr": 0.01, "min_dim_size_to_factor": 2, "caution": True},
 }
 BIG_VISION_CASES = [
-    Case("big_vision", name, {"momentum_dtype": momentum_dtype} | kwargs, dtype, tolerance)
+    Case("big_vision", name + suffix, {"momentum_dtype": buffer} | kwargs, dtype, tolerance)
     for name, kwargs in BIG_VISION_KWARGS.items()
-    for dtype, momentum_dtype, tolerance in (
-        (F64, F64, 1e-12),
-        (F32, F32, 2e-6),
+    for suffix, dtype, buffer, tolerance in (
+        ("", F64, F64, 1e-12),
+        ("", F32, F32, 2e-6),
         # What lies between two bfloat16 neighbours falls either way: one ulp of a buffer near one.
-        (F32, BF16, 2**-8 * 0.02),
+        ("_bf16_buffer", F32, BF16, 2**-8 * 0.02),
     )
-    if not (name == "caution" and momentum_dtype == BF16)
+    if not (name == "caution" and buffer == BF16)
 ]
 PYTORCH_OPTIMIZER_CASES = [
     Case("pytorch_optimizer", f"{name}{suffix}", {"momentum_dtype": F64, "foreach": foreach} | kw)
