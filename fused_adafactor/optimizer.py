@@ -25,6 +25,7 @@ from fused_adafactor.spec import TensorId, TensorSpec, spec_of
 from fused_adafactor.state import (
     StateLayout,
     adopt,
+    check_count,
     check_state,
     counter,
     entries_of,
@@ -243,9 +244,9 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
 
     def _draft(self) -> list[tuple[dict[str, Any], TensorSpec, Rule, Activity, Tensor]]:
         """Check everything that this step concerns, changing nothing."""
-        rules = [self._rule(group) for group in self.param_groups]
         for group in self.param_groups:
-            _check_extras(group)
+            _check_group(group)
+        rules = [self._rule(group) for group in self.param_groups]
         drafts = []
         for group, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
@@ -453,7 +454,7 @@ class AdafactorBase(torch.optim.Optimizer, abc.ABC):
         if not fits:
             return  # the base class raises, with torch's texts
         for group in source["param_groups"]:
-            _check_extras(group)
+            _check_group(group)
         for _, saved, _, spec, rule in self._loaded_specs(source):
             numbers_as_tensors = {
                 key: torch.as_tensor(value) if isinstance(value, int | float) else value
@@ -515,6 +516,35 @@ def require_numbers(**arguments: Any) -> None:
                 raise TypeError(f"{name} must be a number, got the text {part!r}")
 
 
+def require_given(**arguments: Any) -> None:
+    """Refuse None where only a number will do.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    for name, value in arguments.items():
+        if value is None:
+            raise TypeError(f"{name} must be a number, got None")
+
+
+def require_pair(**arguments: Any) -> None:
+    """Refuse what is no pair, such as the single eps of most other optimizers.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise TypeError(f"{name} must be a pair, got {value!r}")
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Check what every param group has: the extras, and a step counter where it is shared."""
+    _check_extras(group)
+    if "step" in group:
+        check_count(group["step"], "the 'step' of the param groups")
+
+
 def _check_extras(group: Mapping[str, Any]) -> None:
     """Check the values of the extras in a param group."""
     if group["differentiable"]:
@@ -538,9 +568,9 @@ def _check_extras(group: Mapping[str, Any]) -> None:
     if (
         isinstance(group["seed"], bool)
         or not isinstance(group["seed"], int)
-        or not 0 <= group["seed"] < 2**64
+        or not 0 <= group["seed"] < 2**63
     ):
-        raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {group['seed']!r}")
+        raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {group['seed']!r}")
     require_numbers(max_grad_norm=group["max_grad_norm"])
     if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
         raise ValueError(f"max_grad_norm must be positive or None, got {group['max_grad_norm']}")

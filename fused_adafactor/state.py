@@ -183,16 +183,30 @@ def check_state(
             raise ValueError(
                 f"state {key!r} of {spec.id} has dtype {value.dtype}; expected {entry.dtype}"
             )
-        if name == "step" and value.device.type == "cpu" and not 0 <= float(value) < math.inf:
-            raise ValueError(
-                f"state {key!r} of {spec.id} is {float(value)}; expected a count of steps"
-            )
+        if name == "step":
+            check_count(value, f"state {key!r} of {spec.id}")
         if name not in ("step", "param_rms") and not any_device and value.device != spec.device:
             raise RuntimeError(
                 f"state {key!r} of {spec.id} is on {value.device} but the parameter is on "
                 f"{spec.device}; "
                 "load_state_dict moves the state to the parameters"
             )
+
+
+def check_count(value: Any, what: str) -> None:
+    """Check a step counter, unless that would wait for a device.
+
+    Args:
+        value: A tensor, or a number where a peer keeps its step as one.
+        what: The counter, for the message.
+
+    Raises:
+        ValueError: It is not one number, or none that counts steps.
+    """
+    if not isinstance(value, Tensor | int | float) or torch.as_tensor(value).dim() > 0:
+        raise ValueError(f"{what} is {value!r}; expected one number, the count of steps")
+    if torch.as_tensor(value).device.type == "cpu" and not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what} is {float(value)}; expected a count of steps")
 
 
 def canonical(

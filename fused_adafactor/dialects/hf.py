@@ -11,7 +11,13 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, Extras, require_numbers
+from fused_adafactor.optimizer import (
+    AdafactorBase,
+    Extras,
+    require_given,
+    require_numbers,
+    require_pair,
+)
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
 from fused_adafactor.schedule import Constant, Linear, PowerDecay, StepSize
 from fused_adafactor.state import StateLayout
@@ -177,6 +183,8 @@ def _check(group: Mapping[str, Any]) -> None:
     lr, eps, beta1 = group["lr"], group["eps"], group["beta1"]
     numbers = {key: group[key] for key in ("clip_threshold", "decay_rate", "weight_decay")}
     require_numbers(lr=lr, eps=eps, beta1=beta1, **numbers)
+    require_given(**numbers)
+    require_pair(eps=eps)
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")

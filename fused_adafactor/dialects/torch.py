@@ -10,7 +10,13 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, TorchExtras, require_numbers
+from fused_adafactor.optimizer import (
+    AdafactorBase,
+    TorchExtras,
+    require_given,
+    require_numbers,
+    require_pair,
+)
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Rule, WeightDecay
 from fused_adafactor.schedule import PowerDecay, StepSize
 
@@ -101,6 +107,8 @@ def _check(group: Mapping[str, Any]) -> None:
         group[key] for key in ("lr", "beta2_decay", "eps", "d", "weight_decay")
     )
     require_numbers(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay)
+    require_given(lr=lr, beta2_decay=beta2_decay, d=d, weight_decay=weight_decay)
+    require_pair(eps=eps)
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
