@@ -110,5 +110,21 @@ BIG_VISION = Dialect(
     },
 )
 
-DIALECTS = [TORCH, HF, ADAFACTOR_PYTORCH, OPTAX, BIG_VISION]
+KERAS = Dialect(
+    "keras",
+    plain={"learning_rate": 1e-2},
+    lr_argument="learning_rate",
+    variants={
+        "defaults": {},
+        "weight_decay": {"weight_decay": 0.1, "loss_scale_factor": 4.0},
+        "clipnorm": {"clipnorm": 0.5},
+        "clipvalue": {"clipvalue": 0.5},
+        "global_clipnorm": {"global_clipnorm": 0.5},
+        "average": {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3},
+        "accumulation": {"gradient_accumulation_steps": 2},
+    },
+    counts_globally=True,
+)
+
+DIALECTS = [TORCH, HF, KERAS, ADAFACTOR_PYTORCH, OPTAX, BIG_VISION]
 VARIANTS = [(dialect, name) for dialect in DIALECTS for name in dialect.variants]
