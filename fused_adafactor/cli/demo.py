@@ -68,7 +68,7 @@ class DemoConfig:
     steps: int = 400
     seed: int = 0
     device: str = "cpu"
-    lr: float = 5e-2
+    lr: float = 2e-2
     d_model: int = 128
     layers: int = 3
     heads: int = 4
@@ -517,7 +517,7 @@ def _draw_times(axes: Axes, record: DemoRecord) -> None:
     axes.set_ylim(0, 2 * slowest)
     axes.set_ylabel("ms per optimizer step")
     axes.set_title(f"Optimizer time: torch / ours = {record.time_ratio:.2f}", loc="left")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(loc="upper right", edgecolor="none", framealpha=0.9)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
