@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self, Unpack, override
 
+from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
+from fused_adafactor.counting import counter
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, Extras, require_numbers
+from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import (
     DecayFactor,
     Eps1Rule,
@@ -29,7 +31,7 @@ from fused_adafactor.rule import (
 )
 from fused_adafactor.schedule import PowerDecay, StepSize
 from fused_adafactor.spec import TensorId, TensorSpec, spec_of
-from fused_adafactor.state import StateLayout, adopt, check_state, counter, entries_of
+from fused_adafactor.state import StateLayout, adopt, check_state, entries_of
 
 LearningRate: TypeAlias = float | Tensor | Callable[..., Any]
 
@@ -87,7 +89,7 @@ class Adafactor(AdafactorBase):
         gradient_accumulation_steps: Update at every k-th call, with the average gradient; at least
             2, or None. A parameter without gradient in the k-th call loses what it gathered.
         name: For ``get_config``.
-        **extras: See ``fused_adafactor.optimizer.Extras``. max_grad_norm is one more way of
+        **extras: See ``fused_adafactor.arguments.Extras``. max_grad_norm is one more way of
             clipping, so it excludes the three above.
 
     State, by Keras' names:
@@ -181,7 +183,7 @@ class Adafactor(AdafactorBase):
     @override
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         _check(group)
-        shared = self._shared(group)
+        shared = rule_arguments(group)
         decay = group["weight_decay"]
         return Rule(
             factoring=Factoring(View.LAST_TWO),
@@ -437,7 +439,10 @@ class Adafactor(AdafactorBase):
                     value, name, entry, owner.spec, self.layout
                 )
         for owner in {id(v.owner): v.owner for v in variables if v.owner is not None}.values():
-            check_state(states[owner.param], owner.spec, owner.rule, self.layout)
+            state, names = states[owner.param], entries_of(owner.spec, owner.rule, self.layout)
+            check_state(state, owner.spec, owner.rule, self.layout)
+            ordered = {key: state[key] for key in map(self.layout.key, names) if key in state}
+            states[owner.param] = ordered
         self.state.update(states)
         for variable, value in zip(variables, values, strict=True):
             if variable.entry == _ITERATION:
