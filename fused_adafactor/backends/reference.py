@@ -89,9 +89,8 @@ def finalize(b: Binding) -> None:
         # Σ_ij num_ij² / v_ij = norm Σ_j (1 / col_var_j) Σ_i num_ij² / row_var_i,
         # and the inner sum needs no col_var.
         assert partials.col_var is not None
-        partials.update_sq = (
-            _norm(b) * partials.col_weighted / partials.col_var.unsqueeze(-2)
-        ).sum()
+        by_col = partials.col_weighted / partials.col_var
+        partials.update_sq = (_norm(b) * by_col.unsqueeze(-2)).sum()
     b.alpha = _alpha(b)
     _set_update_rms(b)
 
