@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fused_adafactor import __version__
-from fused_adafactor.cli import info
+from fused_adafactor.cli import demo, info
 
-COMMANDS = (info,)
+COMMANDS = (info, demo)
 
 
 def main(argv: list[str] | None = None) -> int:

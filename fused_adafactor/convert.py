@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_adafactor.counting import counter
 from fused_adafactor.dialects import adafactor_pytorch, big_vision, hf, keras, optax
 from fused_adafactor.dialects import torch as torch_optim
 from fused_adafactor.factoring import Factoring, MatrixView, View
@@ -31,7 +32,7 @@ from fused_adafactor.rule import (
 )
 from fused_adafactor.schedule import Constant
 from fused_adafactor.spec import TensorId, TensorSpec
-from fused_adafactor.state import REQUIRED, canonical, check_state, counter, entries_of
+from fused_adafactor.state import REQUIRED, canonical, check_state, entries_of
 
 _FACTORS = ("row_var", "col_var")
 _OTHERS = ("exp_avg", "var_max", "compensation", "average", "accumulator")

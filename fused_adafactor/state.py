@@ -7,13 +7,13 @@ view of that.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_adafactor.counting import check_count, counter, counter_dtype
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rule import Rule, StepCount
 from fused_adafactor.spec import TensorSpec
@@ -75,7 +75,7 @@ def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, E
     moment = rule.moment_dtype(spec.param_dtype)
     entries: dict[str, Entry] = {}
     if rule.step_count is StepCount.PER_PARAM:
-        entries["step"] = Entry((), _counter_dtype())
+        entries["step"] = Entry((), counter_dtype())
     if spec.view is None:
         entries["var"] = Entry(full, moment)
     else:
@@ -94,15 +94,6 @@ def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, E
     if rule.accumulation_steps > 1:
         entries["accumulator"] = Entry(spec.shape, spec.math_dtype)
     return entries
-
-
-def counter(value: float, device: torch.device) -> Tensor:
-    """A step counter: 0-d, float32 (float64 if that is the default dtype), as in torch.optim."""
-    return torch.tensor(value, dtype=_counter_dtype(), device=device)
-
-
-def _counter_dtype() -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
 
 
 def init_state(
@@ -191,22 +182,6 @@ def check_state(
                 f"{spec.device}; "
                 "load_state_dict moves the state to the parameters"
             )
-
-
-def check_count(value: Any, what: str) -> None:
-    """Check a step counter, unless that would wait for a device.
-
-    Args:
-        value: A tensor, or a number where a peer keeps its step as one.
-        what: The counter, for the message.
-
-    Raises:
-        ValueError: It is not one number, or none that counts steps.
-    """
-    if not isinstance(value, Tensor | int | float) or torch.as_tensor(value).dim() > 0:
-        raise ValueError(f"{what} is {value!r}; expected one number, the count of steps")
-    if torch.as_tensor(value).device.type == "cpu" and not 0 <= float(value) < math.inf:
-        raise ValueError(f"{what} is {float(value)}; expected a count of steps")
 
 
 def canonical(

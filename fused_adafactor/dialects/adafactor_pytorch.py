@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
+from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, Extras, require_numbers
+from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
 from fused_adafactor.schedule import BiasCorrected, Constant, Custom, Schedule, StepSize
 from fused_adafactor.state import StateLayout
@@ -47,7 +48,7 @@ class AdaFactor(AdafactorBase):
             lr_decay_factor. They are optimizer steps, whatever the fork's README says of epochs.
         lr_decay_factor: 0 or more; given if and only if lr_decay_step is.
         clipping_threshold: cliping_threshold in its right spelling.
-        **extras: See ``fused_adafactor.optimizer.Extras``.
+        **extras: See ``fused_adafactor.arguments.Extras``.
 
     State, by the peer's keys:
         step 0-d; exp_avg_sq_R [1, m] and exp_avg_sq_C [n, 1], column and row sums; exp_avg_sq, in
@@ -154,7 +155,7 @@ class AdaFactor(AdafactorBase):
             else Momentum(MomentumSite.GRAD, _beta("beta1", beta1, corrected), debias=True),
             amsgrad=group["ams_grad"] and not corrected,
             weight_decay=WeightDecay(decay, DecayFactor.ALPHA) if decay else None,
-            **self._shared(group),
+            **rule_arguments(group),
         )
 
 

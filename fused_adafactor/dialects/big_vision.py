@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
+from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, Extras, require_numbers
+from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
 from fused_adafactor.schedule import Constant, PowerDecay, StepSize
 from fused_adafactor.state import StateLayout
@@ -51,7 +52,7 @@ class Adafactor(AdafactorBase):
         caution: Refused.
         corrected_weight_decay: Weight decay is multiplied once more by lr / max_lr, max_lr being
             the lr given here, which must then be a positive peak (arXiv 2506.02285).
-        **extras: See ``fused_adafactor.optimizer.Extras``.
+        **extras: See ``fused_adafactor.arguments.Extras``.
 
     State, by timm's keys:
         step 0-d; exp_avg_sq_r and exp_avg_sq_c, the parameter's shape with its largest and with its
@@ -138,7 +139,7 @@ class Adafactor(AdafactorBase):
                 dtype=_parse_dtype(group["momentum_dtype"]),
             ),
             weight_decay=_weight_decay(group),
-            **self._shared(group),
+            **rule_arguments(group),
         )
 
 

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import (
-    AdafactorBase,
+from fused_adafactor.arguments import (
     Extras,
     require_given,
     require_numbers,
     require_pair,
+    rule_arguments,
 )
+from fused_adafactor.factoring import Factoring, View
+from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
 from fused_adafactor.schedule import Constant, Linear, PowerDecay, StepSize
 from fused_adafactor.state import StateLayout
@@ -48,7 +49,7 @@ class Adafactor(AdafactorBase):
         scale_parameter: Scale the step by RMS(p).
         relative_step: rho_t = min(1e-2, t^-1/2), whatever lr is.
         warmup_init: rho_t = min(1e-6 t, t^-1/2). Needs relative_step.
-        **extras: See ``fused_adafactor.optimizer.Extras``.
+        **extras: See ``fused_adafactor.arguments.Extras``.
 
     State, by the peer's keys:
         step 0-d, a tensor where the peer has an int (it takes either); exp_avg_sq_row [..., n] and
@@ -134,7 +135,7 @@ class Adafactor(AdafactorBase):
             clip_threshold=group["clip_threshold"],
             momentum=None if beta1 is None else Momentum(MomentumSite.STEP, Constant(beta1)),
             weight_decay=WeightDecay(decay, DecayFactor.ALPHA) if decay else None,
-            **self._shared(group),
+            **rule_arguments(group),
         )
 
     # What transformers' AdafactorSchedule and other users of the peer's class call.

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
+from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import AdafactorBase, Extras, require_numbers
+from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import (
     DecayFactor,
     Eps1Rule,
@@ -60,7 +61,7 @@ class Adafactor(AdafactorBase):
         weight_decay_mask: Which parameters decay: None for all, a bool, or a function of (name,
             parameter) that returns one. name is None unless the optimizer was given named
             parameters. Not a tree as in optax: torch has param groups for that.
-        **extras: See ``fused_adafactor.optimizer.Extras``.
+        **extras: See ``fused_adafactor.arguments.Extras``.
 
     State, by optax' names:
         v_row and v_col, the parameter's shape without its largest and without its second largest
@@ -153,7 +154,7 @@ class Adafactor(AdafactorBase):
             else Momentum(MomentumSite.STEP, Constant(momentum), dtype=group["dtype_momentum"]),
             weight_decay=WeightDecay(decay, DecayFactor.ONE) if decay else None,
             step_count=StepCount.GLOBAL,
-            **self._shared(group),
+            **rule_arguments(group),
         )
 
     @override

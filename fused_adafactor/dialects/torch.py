@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.optimizer import (
-    AdafactorBase,
+from fused_adafactor.arguments import (
     TorchExtras,
     require_given,
     require_numbers,
     require_pair,
+    rule_arguments,
 )
+from fused_adafactor.factoring import Factoring, View
+from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Rule, WeightDecay
 from fused_adafactor.schedule import PowerDecay, StepSize
 
@@ -42,7 +43,7 @@ class Adafactor(AdafactorBase):
         weight_decay: Decoupled, times lr.
         foreach: Accepted, changes nothing.
         maximize: Step along the gradient.
-        **extras: See ``fused_adafactor.optimizer.TorchExtras``.
+        **extras: See ``fused_adafactor.arguments.TorchExtras``.
 
     Raises:
         ValueError: An argument out of range, with torch's texts.
@@ -98,7 +99,7 @@ class Adafactor(AdafactorBase):
             clip_threshold=group["d"],
             weight_decay=WeightDecay(decay, DecayFactor.LR) if decay else None,
             maximize=group["maximize"],
-            **self._shared(group),
+            **rule_arguments(group),
         )
 
 

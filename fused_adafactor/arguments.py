@@ -1,0 +1,150 @@
+"""Arguments that all dialects share: the extras, their checks, and checks of plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from fused_adafactor.rounding import Rounding
+from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite
+
+
+class TorchExtras(TypedDict, total=False):
+    """Keyword-only arguments that every dialect takes beyond its peer's.
+
+    Attributes:
+        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend is used or refused
+            with the reason; "auto" chooses, and ``explain()`` says why. The environment variable
+            FUSED_ADAFACTOR_BACKEND sets what "auto" means.
+        rounding: How a bfloat16 or float16 parameter is written: "nearest", "stochastic" (bfloat16
+            only) or "kahan".
+        seed: Key of stochastic rounding; part of the state dict.
+        state_dtype: Dtype of the second moments: None for float32 (float64 for float64
+            parameters), or torch.float32, torch.float64 or torch.bfloat16. In bfloat16 an average
+            stops moving once a step changes it by less than 1/256 of itself.
+        max_grad_norm: Clip the gradients of all groups by their common norm inside the step, as
+            ``torch.nn.utils.clip_grad_norm_`` before it, without rewriting them; None for no
+            clipping.
+        nonfinite: "propagate", or "skip" to leave parameter, state and step as they are when a
+            gradient holds NaN or Inf, or values whose sum of squares overflows. With a step
+            counter per parameter it is that parameter that is skipped, with a global one (Keras,
+            optax) or a common norm it is the whole step.
+        capturable: Keep the step counter on the device, so that a step never asks the host for its
+            number.
+        fused: True to take part in torch's GradScaler protocol (``grad_scale`` and ``found_inf``).
+        differentiable: Refused: a fused step has no autograd graph.
+    """
+
+    backend: str
+    rounding: str
+    seed: int
+    state_dtype: torch.dtype | None
+    max_grad_norm: float | None
+    nonfinite: str
+    capturable: bool
+    fused: bool | None
+    differentiable: bool
+
+
+class Extras(TorchExtras, total=False):
+    """The extras of a dialect whose peer has no ``foreach`` of its own.
+
+    Attributes:
+        foreach: Accepted, changes nothing: tensors are always stepped together.
+    """
+
+    foreach: bool | None
+
+
+EXTRA_DEFAULTS: dict[str, Any] = {
+    "rounding": "nearest",
+    "seed": 0,
+    "state_dtype": None,
+    "max_grad_norm": None,
+    "nonfinite": "propagate",
+    "capturable": False,
+    "fused": None,
+    "foreach": None,
+    "differentiable": False,
+}
+_STATE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
+
+
+def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a rule that comes from the extras of a param group, as arguments of ``Rule``."""
+    norm = group["max_grad_norm"]
+    return {
+        "rounding": Rounding.parse(group["rounding"]),
+        "state_dtype": group["state_dtype"],
+        "nonfinite": Nonfinite(group["nonfinite"]),
+        "grad_clip": None
+        if norm is None
+        else GradClip(GradClipKind.GLOBAL_NORM, float(norm), 1e-6),
+    }
+
+
+def check_extras(group: Mapping[str, Any]) -> None:
+    """Check the values of the extras in a param group."""
+    if group["differentiable"]:
+        raise ValueError(
+            "differentiable=True is not available: the step is fused and writes in place, so "
+            "autograd has nothing to go through. Use a functional optimizer for meta-learning"
+        )
+    Rounding.parse(group["rounding"])
+    if group["nonfinite"] not in [member.value for member in Nonfinite]:
+        raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {group['nonfinite']!r}")
+    if group["state_dtype"] not in _STATE_DTYPES:
+        raise ValueError(
+            "state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got "
+            f"{group['state_dtype']!r}"
+            + (
+                "; squared gradients leave float16's range"
+                if group["state_dtype"] is torch.float16
+                else ""
+            )
+        )
+    if (
+        isinstance(group["seed"], bool)
+        or not isinstance(group["seed"], int)
+        or not 0 <= group["seed"] < 2**63
+    ):
+        raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {group['seed']!r}")
+    require_numbers(max_grad_norm=group["max_grad_norm"])
+    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {group['max_grad_norm']}")
+
+
+def require_numbers(**arguments: Any) -> None:
+    """Refuse hyperparameters that are text, as command lines and YAML files produce them.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    for name, value in arguments.items():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, str):
+                raise TypeError(f"{name} must be a number, got the text {part!r}")
+
+
+def require_given(**arguments: Any) -> None:
+    """Refuse None where only a number will do.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    for name, value in arguments.items():
+        if value is None:
+            raise TypeError(f"{name} must be a number, got None")
+
+
+def require_pair(**arguments: Any) -> None:
+    """Refuse what is no pair, such as the single eps of most other optimizers.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise TypeError(f"{name} must be a pair, got {value!r}")

@@ -1,0 +1,211 @@
+"""Saving and loading: the half of the ``torch.optim.Optimizer`` contract that concerns state dicts.
+
+State keeps the dtype that its rule wants, whatever the dtype of the parameter; functions never
+enter a state dict; a state dict that does not fit changes nothing.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+from typing_extensions import override
+
+from fused_adafactor import backends
+from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
+from fused_adafactor.counting import check_count, counter, counter_device
+from fused_adafactor.engine import Engine
+from fused_adafactor.rule import Rule
+from fused_adafactor.spec import TensorId, TensorSpec, spec_of
+from fused_adafactor.state import StateLayout, adopt, check_state, entries_of
+
+
+class _Loaded(NamedTuple):
+    """One parameter that has loaded state: its loaded group and state, and what it should fit."""
+
+    group: dict[str, Any]
+    state: dict[str, Any]
+    param: Tensor
+    spec: TensorSpec
+    rule: Rule
+
+
+class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
+    """What a dialect must say for its state to be saved and loaded, and the saving and loading."""
+
+    layout: ClassVar[StateLayout] = StateLayout()
+    backend: str
+    _engine: Engine
+
+    @abc.abstractmethod
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """Turn a param group into a rule.
+
+        Raises:
+            ValueError: A hyperparameter is out of range.
+        """
+
+    def _param_rule(self, rule: Rule, id: TensorId, param: Tensor) -> Rule:
+        """The rule of one parameter, where it differs from that of its group."""
+        return rule
+
+    def _ids(self) -> Iterable[tuple[dict[str, Any], Tensor, TensorId]]:
+        """Every parameter once, with its group and its identity."""
+        index = 0
+        seen: set[int] = set()
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for place, param in enumerate(group["params"]):
+                if id(param) not in seen:
+                    seen.add(id(param))
+                    yield group, param, TensorId(index, number, names[place] if names else None)
+                index += 1
+
+    @override
+    def state_dict(self) -> StateDict:
+        """As ``torch.optim.Optimizer.state_dict``, without Python functions.
+
+        A schedule given as a function stays with the optimizer that has it, so that every state
+        dict can be pickled and loaded with ``weights_only=True``.
+        """
+        state_dict = super().state_dict()
+        state_dict["param_groups"] = [
+            {key: value for key, value in group.items() if not callable(value)}
+            for group in state_dict["param_groups"]
+        ]
+        return state_dict
+
+    @override
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of this dialect or of its peer.
+
+        Each entry gets the dtype that its rule wants, not that of the parameter, so that resuming
+        in bfloat16 is bit exact. Hyperparameters that the loaded groups lack (a peer knows no
+        extras) stay as they are.
+
+        Args:
+            state_dict: From ``state_dict()`` of this dialect or its peer.
+
+        Raises:
+            ValueError: Groups or state that do not fit; parameters, groups and state are left as
+                they were.
+        """
+        source: StateDict = {}
+
+        def complete(_: torch.optim.Optimizer, loaded: StateDict) -> StateDict:
+            source.update(self._completed(loaded))
+            self._check_loaded(source)
+            return source
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self._restore(source)
+
+        # Registered now, so as to come after the user's own pre-hooks and before their post-hooks.
+        handles = [
+            self.register_load_state_dict_pre_hook(complete),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _completed(self, loaded: StateDict) -> StateDict:
+        """The state dict with every key that our groups have and the loaded groups lack."""
+        groups = loaded["param_groups"]
+        kept = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in self.param_groups
+        ]
+        if len(groups) == len(kept):  # otherwise the base class raises
+            # A peer's live state dict may hold its schedules as functions; ours stay as they are.
+            groups = [
+                {**ours, **{key: value for key, value in theirs.items() if not callable(value)}}
+                for ours, theirs in zip(kept, groups, strict=True)
+            ]
+        return {**loaded, "param_groups": groups}
+
+    def _loaded(self, source: StateDict) -> Iterable[_Loaded]:
+        """Every parameter that has loaded state; the groups of ``source`` are complete."""
+        for saved, group in zip(source["param_groups"], self.param_groups, strict=True):
+            rule = self._rule({**saved, "params": group["params"]})
+            ids = {id(param): tensor_id for g, param, tensor_id in self._ids() if g is group}
+            for number, param in zip(saved["params"], group["params"], strict=True):
+                if number in source["state"] and id(param) in ids:
+                    own = self._param_rule(rule, ids[id(param)], param)
+                    spec = spec_of(ids[id(param)], param, param, own)
+                    yield _Loaded(saved, source["state"][number], param, spec, own)
+
+    def _check_loaded(self, source: StateDict) -> None:
+        fits = len(source["param_groups"]) == len(self.param_groups) and all(
+            len(saved["params"]) == len(group["params"])
+            for saved, group in zip(source["param_groups"], self.param_groups, strict=True)
+        )
+        if not fits:
+            return  # the base class raises, with torch's texts
+        for group in source["param_groups"]:
+            check_group(group)
+        for _, saved, _, spec, rule in self._loaded(source):
+            numbers_as_tensors = {
+                key: torch.as_tensor(value) if isinstance(value, int | float) else value
+                for key, value in saved.items()
+            }
+            check_state(numbers_as_tensors, spec, rule, self.layout, any_device=True)
+
+    def _restore(self, source: StateDict) -> None:
+        """Replace what the base class has cast to the parameter's dtype."""
+        for group, saved, param, spec, rule in self._loaded(source):
+            state = self.state[param]
+            for name, entry in entries_of(spec, rule, self.layout).items():
+                key = self.layout.key(name)
+                if key not in saved:
+                    continue
+                state[key] = adopt(saved[key], name, entry, spec, self.layout)
+                if name == "step":
+                    state[key] = state[key].to(counter_device(group, param))
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Dropped by the base class' __getstate__; a copy's step() on an accelerator wants it.
+        self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
+        self.__dict__.setdefault("backend", "auto")
+        if "_engine" not in self.__dict__:
+            self._engine = Engine(backends.parse_request(self.backend), self.layout)
+        for group in self.param_groups:
+            for key, value in {**EXTRA_DEFAULTS, **self.defaults}.items():
+                group.setdefault(key, value)
+            for param in group["params"]:
+                own = self.state.get(param, {})
+                if self.layout.step in own and not isinstance(own[self.layout.step], Tensor):
+                    value = float(own[self.layout.step])
+                    own[self.layout.step] = counter(value, counter_device(group, param))
+        if "step" in self.param_groups[0]:
+            # Copies and loaded state dicts have a counter per group, all of one value.
+            shared = self.param_groups[0]["step"]
+            self._share_counter(
+                shared
+                if isinstance(shared, Tensor)
+                else counter(float(shared), torch.device("cpu"))
+            )
+
+    def _share_counter(self, shared: Tensor) -> None:
+        """Let every group follow one counter tensor: the global count of steps."""
+        for group in self.param_groups:
+            group["step"] = shared
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check what every param group has: the extras, and a step counter where it is shared."""
+    check_extras(group)
+    if "step" in group:
+        check_count(group["step"], "the 'step' of the param groups")

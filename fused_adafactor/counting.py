@@ -1,0 +1,67 @@
+"""Step counters: 0-d tensors, on the host unless the host must not be asked for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.rule import Nonfinite
+from fused_adafactor.schedule import Number
+
+
+def counter(value: float, device: torch.device) -> Tensor:
+    """A step counter: 0-d, float32 (float64 if that is the default dtype), as in torch.optim."""
+    return torch.tensor(value, dtype=counter_dtype(), device=device)
+
+
+def counter_dtype() -> torch.dtype:
+    """Dtype of a counter: float32, or float64 if that is the default dtype."""
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+
+def check_count(value: Any, what: str) -> None:
+    """Check a step counter, unless that would wait for a device.
+
+    Args:
+        value: A tensor, or a number where a peer keeps its step as one.
+        what: The counter, for the message.
+
+    Raises:
+        ValueError: It is not one number, or none that counts steps.
+    """
+    if not isinstance(value, Tensor | int | float) or torch.as_tensor(value).dim() > 0:
+        raise ValueError(f"{what} is {value!r}; expected one number, the count of steps")
+    if torch.as_tensor(value).device.type == "cpu" and not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what} is {float(value)}; expected a count of steps")
+
+
+def counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
+    """Where a step counter lives: on the host, unless the host must not be asked for it."""
+    on_device = group["capturable"] or group["fused"] or group["nonfinite"] == Nonfinite.SKIP.value
+    return param.device if on_device else torch.device("cpu")
+
+
+def next_call(group: Mapping[str, Any], counted: Tensor | None, param: Tensor) -> Number:
+    """Number of the coming call, from 1: a float, or a 0-d float64 tensor where t is one.
+
+    The first call is no exception, so that what cannot follow a device counter is refused at once.
+    """
+    device = counter_device(group, param) if counted is None else counted.device
+    if device.type == "cpu" and not group["capturable"]:
+        return 1.0 if counted is None else float(counted) + 1.0
+    if counted is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    return counted.double() + 1.0
+
+
+def number_of(lr: float | Tensor | None, call: Number) -> Number | None:
+    """The lr as a number of float64; a device tensor stays one."""
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.device.type == "cpu" and not isinstance(call, Tensor):
+        return float(lr)
+    return lr.reshape(()).double()
