@@ -39,7 +39,7 @@ class Binding:
         grad_scale: What the raw gradient is multiplied by when it is read: -1 for maximize, 1 /
             loss scale.
         rounding_key: Key of stochastic rounding, or None.
-        grad_sq: Set by ``STATS``: Σ g² of the gradient as read, 0-d.
+        grad_sq: Set by ``STATS``: Σ g² before any clipping, 0-d.
         grad_factor: Set between ``STATS`` and ``FINALIZE`` where gradients are clipped by a norm,
             0-d; else None.
         skip: Set there too: 0-d bool, true if nothing may be written; None if that cannot be.

@@ -63,7 +63,11 @@ def stats(b: Binding) -> None:
     partials = b.scratch = _Partials()
     grad = _read_grad(b)
     grad_sq = grad.square()
-    b.grad_sq = grad_sq.sum()
+    clip = b.rule.grad_clip
+    if clip is not None and clip.kind is GradClipKind.VALUE:
+        b.grad_sq = _read_unclipped(b).square().sum()  # an Inf must not hide behind the clip
+    else:
+        b.grad_sq = grad_sq.sum()
     if b.rule.measures_param_rms:
         partials.param_sq = b.param.to(grad.dtype).square().sum()
     if b.row_var is not None:
@@ -160,16 +164,22 @@ def _read(b: Binding, tensor: Tensor) -> Tensor:
     return tensor.to(b.planned.spec.math_dtype)
 
 
+def _read_unclipped(b: Binding) -> Tensor:
+    """The gradient in the math dtype, full: divided by the loss scale, then averaged."""
+    assert b.grad is not None
+    grad = _read(b, b.grad) * b.grad_scale
+    if b.accumulator is not None:
+        grad = (grad + b.accumulator) / b.rule.accumulation_steps
+    return grad
+
+
 def _read_grad(b: Binding) -> Tensor:
     """The gradient in the math dtype and the matrix view: unscaled, averaged, clipped.
 
     In Keras' order: divide by the loss scale, average over the accumulated steps, clip.
     """
     spec = b.planned.spec
-    assert b.grad is not None
-    grad = _read(b, b.grad) * b.grad_scale
-    if b.accumulator is not None:
-        grad = (grad + b.accumulator) / b.rule.accumulation_steps
+    grad = _read_unclipped(b)
     clip = b.rule.grad_clip
     if clip is not None and clip.kind is GradClipKind.VALUE:
         grad = grad.clamp(-clip.threshold, clip.threshold)
