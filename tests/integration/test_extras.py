@@ -1,0 +1,398 @@
+"""What every dialect takes beyond its peer: rounding, skipping, clipping, dtypes, capturable."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
+from tests import stepping
+from tests.dialects import DIALECTS, KERAS, TORCH, VARIANTS, Dialect
+
+EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+EVERY_VARIANT = pytest.mark.parametrize(("dialect", "variant"), VARIANTS, ids=str)
+BOTH_HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+# Gradient accumulation decides on the host whether a call updates.
+UPDATING = [(d, v) for d, v in VARIANTS if "gradient_accumulation_steps" not in d.variants[v]]
+
+SHAPES = ((6, 5), (7,), (4, 3, 5), ())
+
+
+def build(dialect: Dialect, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    if dialect is TORCH:  # None would be the epsilon of the dtype, which tests here compare across
+        kwargs.setdefault("eps", (1e-6, 1e-3))
+    return dialect(stepping.make_params(SHAPES, dtype), **kwargs)
+
+
+def set_grads(optimizer: Any, step: int, dtype: torch.dtype, scale: float = 1.0) -> None:
+    """Gradients that `dtype` holds, in the parameters' own dtypes."""
+    params = stepping.params_of(optimizer)
+    for p, g in zip(params, stepping.grad_values(params, step, scale), strict=True):
+        p.grad = g.to(dtype).to(p.dtype)
+
+
+def set_params(optimizer: Any, values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for p, value in zip(stepping.params_of(optimizer), values, strict=True):
+            p.copy_(value)
+
+
+# --- rounding ------------------------------------------------------------------------------------
+
+
+def assert_rounds_as(
+    dialect: Dialect, dtype: torch.dtype, rounding: str, round_one: Any, steps: int = 4
+) -> None:
+    """A float32 twin computes the unrounded value; `round_one(index, value, t)` must round it."""
+    low = build(dialect, dtype, rounding=rounding, seed=5)
+    twin = build(dialect, torch.float32)
+    stored = [(p.detach().clone(), torch.zeros_like(p)) for p in stepping.params_of(low)]
+    for step in range(steps):
+        set_params(twin, [p.float() + c.float() for p, c in stored])
+        for optimizer in (low, twin):
+            set_grads(optimizer, step, dtype)
+            optimizer.step()
+        values = [p.detach() for p in stepping.params_of(twin)]
+        stored = [round_one(index, value, step + 1) for index, value in enumerate(values)]
+        for p, (expected, lost) in zip(stepping.params_of(low), stored, strict=True):
+            assert stepping.same_bits(p.detach(), expected)
+            assert rounding != "kahan" or stepping.same_bits(low.state[p]["kahan"], lost)
+
+
+# A parameter scale would be that of p, without the compensation that the twin has in its p.
+def unscaled(dialect: Dialect, **kwargs: Any) -> Dialect:
+    arguments = {
+        "hf": {"scale_parameter": False},
+        "optax": {"multiply_by_parameter_scale": False},
+    }
+    plain = {**dialect.plain, **arguments.get(dialect.name, {}), **kwargs}
+    return Dialect(dialect.name, dialect.class_name, plain)
+
+
+@EVERY_DIALECT
+@BOTH_HALVES
+def test_nearest_is_the_function_of_that_name(dialect, dtype):
+    def expected(index: int, value: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        rounded = round_nearest(value, dtype)
+        return rounded, torch.zeros_like(rounded)
+
+    assert_rounds_as(dialect, dtype, "nearest", expected)
+
+
+@EVERY_DIALECT
+def test_stochastic_is_the_function_of_that_name(dialect):
+    def expected(index: int, value: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        rounded = round_stochastic(value, torch.bfloat16, RoundingKey(5, index, t))
+        return rounded, torch.zeros_like(rounded)
+
+    assert_rounds_as(dialect, torch.bfloat16, "stochastic", expected)
+
+
+@pytest.mark.parametrize(
+    "dialect",
+    [unscaled(d) for d in DIALECTS if d.name in ("hf", "optax", "adafactor_pytorch", "big_vision")],
+    ids=str,
+)
+@BOTH_HALVES
+def test_kahan_is_the_function_of_that_name(dialect, dtype):
+    def expected(index: int, value: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        return round_kahan(value, dtype)
+
+    assert_rounds_as(dialect, dtype, "kahan", expected)
+
+
+@EVERY_DIALECT
+def test_stochastic_rounding_follows_its_seed_alone(dialect):
+    """Not the global generator, which it also leaves where it is."""
+    runs = {}
+    for name, seed, global_seed in (("a", 3, 0), ("b", 3, 1), ("c", 4, 0)):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        optimizer = build(dialect, torch.bfloat16, rounding="stochastic", seed=seed)
+        stepping.take_steps(optimizer, 3)
+        assert torch.equal(torch.get_rng_state(), before)
+        runs[name] = stepping.params_of(optimizer)
+    assert all(map(stepping.same_bits, runs["a"], runs["b"]))
+    assert not all(map(stepping.same_bits, runs["a"], runs["c"]))
+
+
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS if not d.counts_globally], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_a_parameters_result_does_not_depend_on_its_neighbours(dialect, rounding):
+    together = build(dialect, torch.bfloat16, rounding=rounding)
+    alone = build(dialect, torch.bfloat16, rounding=rounding)
+    stepping.take_steps(together, 4)
+    for step in range(4):
+        set_grads(alone, step, torch.bfloat16)
+        grads = [p.grad for p in stepping.params_of(alone)]
+        for index in range(len(SHAPES)):
+            for place, p in enumerate(stepping.params_of(alone)):
+                p.grad = grads[place] if place == index else None
+            alone.step()
+    for p, q in zip(*map(stepping.params_of, (together, alone)), strict=True):
+        assert stepping.same_bits(p, q)
+
+
+@BOTH_HALVES
+def test_kahan_follows_float32_where_nearest_stands_still(dtype):
+    """Steps of 1e-4 of the parameter: below half an ulp in both dtypes."""
+    runs = {}
+    for name, kind in (("exact", torch.float32), ("nearest", dtype), ("kahan", dtype)):
+        p = torch.nn.Parameter(torch.full((4, 8), 1.75, dtype=kind))
+        rounding = "nearest" if name == "exact" else name
+        optimizer = TORCH([p], lr=1e-4, eps=(1e-6, 1e-3), rounding=rounding)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        runs[name] = p.detach().float()
+    assert torch.equal(runs["nearest"], torch.full((4, 8), 1.75))
+    error = (runs["kahan"] - runs["exact"]).abs().max()
+    assert error <= 1.75 * torch.finfo(dtype).eps
+
+
+@EVERY_DIALECT
+def test_the_compensation_is_state_of_low_precision_parameters_only(dialect):
+    params = [*stepping.make_params([(6, 5)], torch.bfloat16), *stepping.make_params([(6, 5)])]
+    optimizer = dialect(params, rounding="kahan")
+    stepping.take_steps(optimizer, 1)
+    state = optimizer.state_dict()["state"]
+    assert state[0]["kahan"].dtype is torch.bfloat16
+    assert state[0]["kahan"].any()
+    assert "kahan" not in state[1]
+
+
+# --- nonfinite -----------------------------------------------------------------------------------
+
+POISON = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+
+
+@pytest.mark.parametrize(("dialect", "variant"), UPDATING, ids=str)
+@POISON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_skip_leaves_a_tensor_and_its_count_as_if_the_step_had_not_been(
+    dialect, variant, poison, dtype
+):
+    """With a count per parameter the others step; with a shared one the whole step is skipped."""
+    kwargs = {**dialect.variants[variant], "nonfinite": "skip"}
+    optimizer, other = (build(dialect, dtype, **kwargs) for _ in range(2))
+    for each in (optimizer, other):
+        stepping.take_steps(each, 2)
+        set_grads(each, 2, dtype)
+    stepping.params_of(optimizer)[0].grad[3, 2] = poison
+    stepping.params_of(other)[0].grad = None
+    optimizer.step()
+    if not dialect.counts_globally:
+        other.step()
+    stepping.assert_same_optimizers(optimizer, other)
+    for each in (optimizer, other):
+        stepping.take_steps(each, 2, start=3)
+    stepping.assert_same_optimizers(optimizer, other)
+
+
+@POISON
+@pytest.mark.parametrize("call", [0, 1], ids=["accumulating", "updating"])
+def test_skip_gives_a_whole_window_of_accumulated_gradients_back(poison, call):
+    optimizer, other = (
+        build(KERAS, gradient_accumulation_steps=2, nonfinite="skip") for _ in range(2)
+    )
+    for each in (optimizer, other):
+        stepping.take_steps(each, 2)
+    for now in range(2):
+        set_grads(optimizer, 2 + now, torch.float32)
+        if now == call:
+            stepping.params_of(optimizer)[0].grad[3, 2] = poison
+        optimizer.step()
+    stepping.assert_same_optimizers(optimizer, other)
+    for each in (optimizer, other):
+        stepping.take_steps(each, 2, start=4)
+    stepping.assert_same_optimizers(optimizer, other)
+
+
+@EVERY_DIALECT
+def test_skip_at_the_first_step_leaves_a_tensor_new(dialect):
+    optimizer = build(dialect, nonfinite="skip")
+    before = [p.detach().clone() for p in stepping.params_of(optimizer)]
+    for p in stepping.params_of(optimizer):
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert all(map(stepping.same_bits, stepping.params_of(optimizer), before))
+    other = build(dialect, nonfinite="skip")
+    for each in (optimizer, other):
+        stepping.take_steps(each, 2)
+    stepping.assert_same_optimizers(optimizer, other)
+
+
+@EVERY_DIALECT
+@POISON
+def test_propagate_hides_nothing(dialect, poison):
+    """The tensor becomes NaN; its neighbours do not."""
+    optimizer = build(dialect)
+    set_grads(optimizer, 0, torch.float32)
+    params = stepping.params_of(optimizer)
+    params[0].grad[3, 2] = poison
+    optimizer.step()
+    assert params[0].isnan().any()
+    assert all(p.isfinite().all() for p in params[1:])
+
+
+# --- clipping ------------------------------------------------------------------------------------
+
+
+@EVERY_DIALECT
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("max_norm", [0.25, 1e6], ids=["clips", "does_not_clip"])
+def test_max_grad_norm_is_clip_grad_norm_before_the_step(dialect, dtype, max_norm):
+    """Over all groups and whatever their lr; the gradients themselves are not rewritten."""
+    built = []
+    for kwargs in ({"max_grad_norm": max_norm}, {}):
+        params = stepping.make_params(SHAPES, torch.float32 if dtype.itemsize == 2 else dtype)
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.05}]
+        eps = {"eps": (1e-3, 1e-3)} if dialect is TORCH else {}  # where the size of g matters
+        built.append(dialect(groups, **eps, **kwargs))
+    inside, outside = built
+    for step in range(5):
+        for optimizer in built:
+            set_grads(optimizer, step, dtype)
+        torch.nn.utils.clip_grad_norm_(stepping.params_of(outside), max_norm)
+        grads = [p.grad.clone() for p in stepping.params_of(inside)]
+        inside.step()
+        outside.step()
+        assert all(
+            stepping.same_bits(p.grad, g)
+            for p, g in zip(stepping.params_of(inside), grads, strict=True)
+        )
+    tolerance = 1e-12 if dtype is torch.float64 else 3e-6
+    stepping.assert_close_optimizers(inside, outside, tolerance)
+
+
+@EVERY_DIALECT
+def test_a_norm_that_is_not_finite_skips_every_tensor_it_clips(dialect):
+    optimizer = build(dialect, max_grad_norm=1.0, nonfinite="skip")
+    stepping.take_steps(optimizer, 2)
+    set_grads(optimizer, 2, torch.float32)
+    stepping.params_of(optimizer)[0].grad[0, 0] = math.nan
+    with stepping.assert_untouched(optimizer):
+        optimizer.step()
+
+
+# --- dtypes and capturable -----------------------------------------------------------------------
+
+
+@EVERY_DIALECT
+@pytest.mark.parametrize(
+    "state_dtype", [None, torch.float32, torch.float64, torch.bfloat16], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_state_dtype_is_that_of_the_second_moments(dialect, state_dtype, dtype):
+    optimizer = build(dialect, dtype, state_dtype=state_dtype)
+    stepping.take_steps(optimizer, 3)
+    default = torch.float64 if dtype is torch.float64 else torch.float32
+    layout = optimizer.layout
+    for own in optimizer.state.values():
+        moments = [own[k] for k in (layout.row_var, layout.col_var, layout.var) if k in own]
+        assert moments
+        assert {moment.dtype for moment in moments} == {state_dtype or default}
+
+
+@EVERY_DIALECT
+def test_bfloat16_state_is_near_float32_state(dialect):
+    low, full = build(dialect, state_dtype=torch.bfloat16), build(dialect)
+    for optimizer in (low, full):
+        stepping.take_steps(optimizer, 3)
+    pairs = list(zip(*map(stepping.params_of, (low, full)), strict=True))
+    assert not all(torch.equal(p, q) for p, q in pairs)
+    for p, q in pairs:
+        assert stepping.relative_error(p, q) < 1e-2
+
+
+@pytest.mark.parametrize(("dialect", "variant"), UPDATING, ids=str)
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
+def test_capturable_gives_the_same_numbers(dialect, variant, extras):
+    kwargs = {**dialect.variants[variant], **extras}
+    if "max_grad_norm" in extras and "clip" in variant and dialect is KERAS:
+        kwargs = extras  # Keras takes one kind of clipping
+    on_device, on_host = (build(dialect, torch.float64, capturable=c, **kwargs) for c in (True, 0))
+    for optimizer in (on_device, on_host):
+        stepping.take_steps(optimizer, 6)
+    stepping.assert_close_optimizers(on_device, on_host, 1e-12)
+
+
+def test_capturable_refuses_accumulation_at_the_first_call():
+    optimizer = build(KERAS, capturable=True, gradient_accumulation_steps=2)
+    set_grads(optimizer, 0, torch.float32)
+    with stepping.assert_untouched(optimizer), pytest.raises(ValueError, match="capturable=True"):
+        optimizer.step()
+
+
+@EVERY_DIALECT
+def test_capturable_takes_its_lr_from_the_tensor_each_step(dialect):
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    optimizer, other = (build(dialect, torch.float64, capturable=c) for c in (True, False))
+    optimizer.param_groups[0]["lr"] = lr
+    for step, value in enumerate((0.5, 0.25, 0.0)):
+        lr.fill_(value)
+        other.param_groups[0]["lr"] = value
+        for each in (optimizer, other):
+            stepping.take_steps(each, 1, start=step)
+    for p, q in zip(*map(stepping.params_of, (optimizer, other)), strict=True):
+        stepping.assert_close(p, q, 1e-12, "lr from a tensor")
+
+
+@EVERY_DIALECT
+def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
+    """From the second on; the first looks for the step that only creates state."""
+    optimizer = build(dialect, capturable=True, nonfinite="skip", max_grad_norm=1.0)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
+    stepping.take_steps(optimizer, 1)
+    # A counter is checked where that waits for nothing; here it stands for one on a device.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fused_adafactor") and hasattr(module, "check_count"):
+            monkeypatch.setattr(module, "check_count", lambda value, what: None)
+
+    def refuse(self: Tensor, *args: Any) -> Any:
+        raise AssertionError("a tensor was read on the host")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    optimizer.step()
+
+
+# --- backend and plan ----------------------------------------------------------------------------
+
+
+@EVERY_DIALECT
+def test_the_reference_can_be_asked_for_by_argument_and_environment(dialect, monkeypatch):
+    runs = [build(dialect, backend="reference")]
+    monkeypatch.setenv("FUSED_ADAFACTOR_BACKEND", "reference")
+    runs.append(build(dialect))
+    for optimizer in runs:
+        stepping.take_steps(optimizer, 2)
+        assert "asked for" in optimizer.explain()
+    stepping.assert_same_optimizers(*runs)
+
+
+@EVERY_DIALECT
+def test_explain_names_parameters_sweeps_and_why(dialect):
+    params = stepping.make_params([(32, 24), (7,), (0, 3)])
+    named = dialect(
+        list(zip(("weight", "bias", "empty"), params, strict=True)), backend="reference"
+    )
+    with stepping.assert_untouched(named):
+        lines = named.explain().splitlines()
+    assert lines[0].startswith("parameter ")
+    assert lines[0].endswith(" why")
+    rows = {line.split()[0]: line for line in lines[1:-1]}
+    assert list(rows) == ["weight", "bias", "empty"]
+    assert rows["weight"].split()[1:5] == ["32x24", "float32", "reference", "factored"]
+    assert rows["bias"].split()[1:5] == ["7", "float32", "reference", "unfactored"]
+    assert rows["weight"].split()[5] in ("2", "3")
+    assert "no elements" in rows["empty"]
+    assert "3 tensors on reference (asked for)" in lines[-1]
+    assert "stats > finalize > update_rms > apply" in lines[-1]
+    assert "#0" in dialect(stepping.make_params([(3,)])).explain()
