@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
+from fused_adafactor.arguments import Extras, require_given, require_numbers, rule_arguments
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
@@ -179,6 +179,7 @@ def _check(group: Mapping[str, Any]) -> None:
         key: group[key] for key in ("lr", "beta1", "beta2") if not callable(group[key])
     }
     require_numbers(**numbers)
+    require_given(**{key: value for key, value in numbers.items() if key != "lr"})
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
+from fused_adafactor.arguments import Extras, require_given, require_numbers, rule_arguments
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
@@ -18,10 +18,11 @@ from fused_adafactor.schedule import Constant, PowerDecay, StepSize
 from fused_adafactor.state import StateLayout
 
 _EPS = 1e-30
-_NUMBERS = (
-    *("lr", "min_dim_size_to_factor", "decay_rate", "decay_offset", "beta2_cap", "momentum"),
-    *("eps", "weight_decay", "clipping_threshold"),
+_GIVEN = (
+    *("lr", "min_dim_size_to_factor", "decay_rate", "decay_offset", "beta2_cap"),
+    "weight_decay",
 )
+_OPTIONAL = ("momentum", "eps", "clipping_threshold")
 
 
 class Adafactor(AdafactorBase):
@@ -168,7 +169,8 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _check(group: Mapping[str, Any]) -> None:
-    require_numbers(**{key: group[key] for key in _NUMBERS})
+    require_numbers(**{key: group[key] for key in (*_GIVEN, *_OPTIONAL)})
+    require_given(**{key: group[key] for key in _GIVEN})
     lr, clip = group["lr"], group["clipping_threshold"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
+from fused_adafactor.arguments import Extras, require_given, require_numbers, rule_arguments
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import (
@@ -28,6 +28,7 @@ from fused_adafactor.spec import TensorId
 from fused_adafactor.state import StateLayout
 
 _MIN_PARAM_SCALE = 1e-3  # optax has no argument for it
+_GIVEN = ("min_dim_size_to_factor", "decay_rate", "decay_offset", "eps")
 _AT_LEAST_ZERO = ("min_dim_size_to_factor", "decay_rate", "eps", "weight_decay_rate")
 
 
@@ -196,6 +197,7 @@ def _check(group: Mapping[str, Any]) -> None:
         "momentum": group["momentum"],
     }
     require_numbers(**numbers)
+    require_given(**{key: group[key] for key in _GIVEN})
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError("Tensor learning_rate must be 1-element")
     for name in ("learning_rate", *_AT_LEAST_ZERO):

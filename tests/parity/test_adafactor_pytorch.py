@@ -170,6 +170,19 @@ def test_only_a_number_is_an_absolute_step(lr: Any, expected: float) -> None:
     assert moves(1, scale=4.0, lr=lr) == pytest.approx([expected])
 
 
+def test_relative_step_falls_from_step_ten_thousand_on() -> None:
+    param = torch.nn.Parameter(torch.ones(4, dtype=F64))
+    optimizer = AdaFactor([param], beta1=0, lr_decay_step=[40_000], lr_decay_factor=0.5)
+    loaded = optimizer.state_dict()
+    loaded["state"] = {0: {"step": 39_998, "exp_avg_sq": torch.ones(4, dtype=F64)}}
+    optimizer.load_state_dict(loaded)
+    for expected in (39_999**-0.5, 0.5 * 40_000**-0.5):
+        with torch.no_grad():
+            param.fill_(1.0)
+        step_with(optimizer, [torch.ones(4)])
+        assert 1.0 - param[0].item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("steps", [[3, 5], (5, 3), iter([3, 5])], ids=["list", "tuple", "iterator"])
 def test_lr_decay_multiplies_the_step(steps: Any) -> None:
     # The fork takes max(1e-2, factor^k t^-1/2): 1.0 at the first step and never below 1e-2.
@@ -241,6 +254,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr_nan": ({"lr": math.nan}, ValueError, "lr should be >= 0"),
     "lr_text": ({"lr": "1e-3"}, TypeError, "lr must be a number"),
     "lr_tensor": ({"lr": torch.ones(2)}, ValueError, "1-element"),
+    "beta2_none": ({"beta2": None}, TypeError, "beta2 must be a number, got None"),
     "beta1": ({"beta1": 1.0}, ValueError, r"beta1 should be in \[0, 1\)"),
     "beta2": ({"beta2": -0.1}, ValueError, r"beta2 should be in \[0, 1\)"),
     "eps1": ({"eps1": -1e-30}, ValueError, "eps1 should be >= 0"),

@@ -357,6 +357,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_decay": ({"weight_decay": -1.0}, ValueError, "Invalid weight_decay: -1.0"),
     "min_dim": ({"min_dim_size_to_factor": -1}, ValueError, "Invalid min_dim_size_to_factor"),
     "decay_rate": ({"decay_rate": -0.8}, ValueError, "Invalid decay_rate"),
+    "lr_none": ({"lr": None}, TypeError, "lr must be a number, got None"),
     "beta2_cap": ({"beta2_cap": 1.5}, ValueError, r"beta2_cap should be in \[0, 1\]"),
     "momentum": ({"momentum": -0.1}, ValueError, r"momentum should be in \[0, 1\]"),
     "eps": ({"eps": -1.0}, ValueError, "Invalid eps"),

@@ -365,6 +365,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr_tensor": ({"learning_rate": torch.ones(2)}, ValueError, "1-element"),
     "min_dim": ({"min_dim_size_to_factor": -1}, ValueError, "min_dim_size_to_factor should be"),
     "decay_rate": ({"decay_rate": -0.8}, ValueError, "decay_rate should be >= 0"),
+    "eps_none": ({"eps": None}, TypeError, "eps must be a number, got None"),
     "decay_offset": ({"decay_offset": "3"}, TypeError, "decay_offset must be a number"),
     "clipping": ({"clipping_threshold": 0.0}, ValueError, "clipping_threshold should be > 0"),
     "momentum": ({"momentum": 1.1}, ValueError, r"momentum should be in \[0, 1\] or None"),
