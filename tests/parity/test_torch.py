@@ -355,8 +355,9 @@ def test_bfloat16_parameters_have_averages_that_do_not_stall(state_dtype):
     assert ours.state[p]["row_var"].item() == pytest.approx(1.0 if stalled else expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["plain", "clamped_by_eps1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_follows_the_oracle_up_to_the_rounding_of_the_parameter(dtype):
+def test_low_precision_follows_the_oracle_up_to_the_rounding_of_the_parameter(dtype, scale):
     """No norm is rounded on the way: only the stored parameter is, so each step is off by half an
     ulp of it, and the oracle goes on from what was stored."""
     params = stepping.make_params(dtype=dtype)
@@ -364,8 +365,8 @@ def test_low_precision_follows_the_oracle_up_to_the_rounding_of_the_parameter(dt
     ours = Adafactor(params, lr=0.05, weight_decay=0.1)
     half_ulp = torch.finfo(dtype).eps / 2
     for step in range(STEPS):
-        judge.step(stepping.grad_values(params, step))
-        stepping.take_steps(ours, 1, step)
+        judge.step(stepping.grad_values(params, step, scale))
+        stepping.take_steps(ours, 1, step, scale)
         for p, expected in zip(params, judge.params, strict=True):
             error = (p.double() - expected).abs()
             assert (error <= half_ulp * 1.001 * expected.abs() + 1e-7).all()
