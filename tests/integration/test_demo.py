@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fused_adafactor import Adafactor
-from fused_adafactor.cli import demo
+from fused_adafactor.cli import demo, language_model, twin_training
 from fused_adafactor.cli.progress import ProgressBar
 
-TINY = demo.DemoConfig(
+TINY = language_model.DemoConfig(
     steps=24,
     d_model=16,
     layers=1,
@@ -30,13 +30,13 @@ TINY = demo.DemoConfig(
 
 
 @pytest.fixture(scope="module")
-def corpus() -> demo.Corpus:
-    return demo.read_corpus(TINY.corpus_bytes)
+def corpus() -> language_model.Corpus:
+    return language_model.read_corpus(TINY.corpus_bytes)
 
 
 @pytest.fixture(scope="module")
-def twins(corpus: demo.Corpus) -> demo.DemoRecord:
-    return demo.train_both(TINY, corpus, torch.optim.Adafactor, torch.optim.Adafactor)
+def twins(corpus: language_model.Corpus) -> twin_training.DemoRecord:
+    return twin_training.train_both(TINY, corpus, torch.optim.Adafactor, torch.optim.Adafactor)
 
 
 def run_demo(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> int:
@@ -48,20 +48,20 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> int:
     return status
 
 
-def test_the_same_optimizer_twice_draws_the_same_curve(twins: demo.DemoRecord) -> None:
+def test_the_same_optimizer_twice_draws_the_same_curve(twins: twin_training.DemoRecord) -> None:
     assert twins.torch.train_loss == twins.ours.train_loss
     assert twins.largest_train_difference == 0
     assert twins.largest_heldout_difference == 0
 
 
-def test_losses_are_finite_and_fall(twins: demo.DemoRecord) -> None:
+def test_losses_are_finite_and_fall(twins: twin_training.DemoRecord) -> None:
     assert twins.is_finite
     for losses in (twins.ours.train_loss, twins.ours.heldout_loss):
         assert losses[0] == pytest.approx(math.log(256), abs=0.5)
         assert losses[-1] < losses[0] - 1
 
 
-def test_every_step_is_kept(twins: demo.DemoRecord) -> None:
+def test_every_step_is_kept(twins: twin_training.DemoRecord) -> None:
     assert twins.heldout_steps == [0, 8, 16, 24]
     for run in (twins.torch, twins.ours):
         assert len(run.train_loss) == len(run.optimizer_ms) == len(run.step_ms) == TINY.steps
@@ -73,34 +73,34 @@ def test_every_step_is_kept(twins: demo.DemoRecord) -> None:
     assert twins.time_ratio == ratio
 
 
-def test_ours_follows_torch(corpus: demo.Corpus) -> None:
+def test_ours_follows_torch(corpus: language_model.Corpus) -> None:
     def ours(parameters: object) -> Adafactor:
         return Adafactor(parameters, backend="reference")
 
-    record = demo.train_both(TINY, corpus, torch.optim.Adafactor, ours)
+    record = twin_training.train_both(TINY, corpus, torch.optim.Adafactor, ours)
     assert record.largest_train_difference < 1e-3
     assert record.largest_heldout_difference < 1e-3
     assert "reference" in record.plan
 
 
-def test_a_loss_that_is_not_a_number_shows(twins: demo.DemoRecord) -> None:
+def test_a_loss_that_is_not_a_number_shows(twins: twin_training.DemoRecord) -> None:
     broken = replace(twins.ours, train_loss=[*twins.ours.train_loss[:-1], math.nan])
     assert not replace(twins, ours=broken).is_finite
 
 
-def test_corpus_is_cut_to_size_and_repeats(corpus: demo.Corpus) -> None:
+def test_corpus_is_cut_to_size_and_repeats(corpus: language_model.Corpus) -> None:
     assert len(corpus.train) + len(corpus.heldout) == TINY.corpus_bytes
-    assert corpus.describe() == demo.read_corpus(TINY.corpus_bytes).describe()
+    assert corpus.describe() == language_model.read_corpus(TINY.corpus_bytes).describe()
 
 
 def test_corpus_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(language_model.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="standard library"):
-        demo.read_corpus(100)
+        language_model.read_corpus(100)
 
 
 def test_sample_cannot_command_a_terminal() -> None:
-    assert demo.printable(b"\x1b[2Jok\r\n\xff") == "?[2Jok?\n?"
+    assert language_model.printable(b"\x1b[2Jok\r\n\xff") == "?[2Jok?\n?"
 
 
 def test_command_writes_files_and_plain_text(
