@@ -201,6 +201,22 @@ def test_a_second_moment_kept_in_full_converts_to_every_dialect(name: str) -> No
     stepping.take_steps(continued(name, before, converted), 1)
 
 
+@ALL_NAMES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_one_row_or_column_is_the_second_moment_in_full(name: str, dtype: torch.dtype) -> None:
+    shapes: list[Shape] = [(1, 9), (9, 1), (1, 1), (1, 9, 1), (9, 1, 1), (1, 1, 9)]
+    if name in LAST_TWO:
+        shapes += [(4, 9, 1), (4, 1, 9)]
+    before = trained(name, shapes, dtype=dtype)
+    like = build("optax", stepping.make_params(shapes), {}).state_dict()
+    converted = convert(before, name, "optax", like=like)
+    for index, shape in enumerate(shapes):
+        v = converted["state"][index]["v"]
+        expected = second_moments(shape, index, 4)
+        assert v.shape == expected.shape
+        assert stepping.relative_error(v, expected) < stepping.TOLERANCES[dtype]
+
+
 @ALL_PAIRS
 def test_there_and_back_is_bit_exact_for_lengths_that_are_powers_of_two(
     source: str, target: str
@@ -309,23 +325,47 @@ def test_what_kahan_rounding_carries_over_goes_along() -> None:
 # --- the rest of the state dict ------------------------------------------------------------------
 
 
+def assert_neither_changed_nor_shared(
+    state_dict: dict[str, Any], like: dict[str, Any] | None, **kwargs: Any
+) -> None:
+    inputs = [state_dict] if like is None else [state_dict, like]
+    kept = copy.deepcopy(inputs)
+    converted = convert_state_dict(state_dict, like=like, **kwargs)
+    theirs = {t.data_ptr() for i in inputs for t in tensors_in(i)}
+    assert theirs.isdisjoint(t.data_ptr() for t in tensors_in(converted))
+    for group in converted["param_groups"]:
+        group["params"].append(99)
+        group["lr"] = 99
+    converted["state"].clear()
+    for before, after in zip(kept, inputs, strict=True):
+        stepping.assert_same_values(after, before)
+
+
 @ALL_PAIRS
 def test_the_input_is_neither_changed_nor_shared(source: str, target: str) -> None:
     shapes = [(4, 6), (3,)]
-    state_dict = trained(source, shapes).state_dict()
-    like = build(target, stepping.make_params(shapes)).state_dict()
-    inputs = (state_dict, like)
-    kept = copy.deepcopy([{"state": i["state"], "param_groups": i["param_groups"]} for i in inputs])
-    converted = convert_state_dict(
-        state_dict, source=source, target=target, like=like, shapes=shapes
+    assert_neither_changed_nor_shared(
+        trained(source, shapes).state_dict(),
+        build(target, stepping.make_params(shapes)).state_dict(),
+        source=source,
+        target=target,
+        shapes=shapes,
     )
-    theirs = {t.data_ptr() for i in inputs for t in tensors_in(i)}
-    assert theirs.isdisjoint(t.data_ptr() for t in tensors_in(converted))
-    for tensor in tensors_in(converted):
-        tensor.fill_(-1.0)
-    converted["param_groups"][0]["params"].append(99)
-    for before, after in zip(kept, inputs, strict=True):
-        stepping.assert_same_values(after, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "settings"),
+    [
+        ("adafactor_pytorch", "adafactor_pytorch", {"non_constant_decay": False}),
+        ("keras", "keras", {"use_ema": True, "gradient_accumulation_steps": 3}),
+        ("torch", "hf", {"rounding": "kahan"}),
+    ],
+)
+def test_no_entry_is_shared_and_no_group_without_like(
+    name: str, target: str, settings: dict[str, Any]
+) -> None:
+    state_dict = trained(name, [(4, 6), (3,)], settings, dtype=torch.bfloat16).state_dict()
+    assert_neither_changed_nor_shared(state_dict, None, source=name, target=target)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -638,6 +678,16 @@ def test_shapes_are_asked_for_where_the_state_does_not_tell_them(source: str, ta
         convert(before, source, target, like=like, shapes=None)
 
 
+def test_the_first_moment_of_a_reshaped_tensor_does_not_tell_its_shape() -> None:
+    before = trained("adafactor_pytorch", [(1, 1, 9)], {})
+    full = {"enable_factorization": False}
+    like = build("adafactor_pytorch", stepping.make_params([(1, 1, 9)]), full).state_dict()
+    with pytest.raises(ValueError, match=r"factors of parameter #0 .* higher rank.*shapes="):
+        convert(before, "adafactor_pytorch", "adafactor_pytorch", like=like, shapes=None)
+    converted = convert(before, "adafactor_pytorch", "adafactor_pytorch", like=like)
+    stepping.take_steps(continued("adafactor_pytorch", before, converted, full), 1)
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (2, 3, 3), (7,)], ids=str)
 def test_shapes_are_not_asked_for_where_optax_tells_them(shape: Shape) -> None:
     before = trained("optax", [shape])
@@ -746,9 +796,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         convert(before, "torch", "hf", shapes=[(7,), (24,)])
 
 
-def test_moments_of_tensors_without_elements_convert() -> None:
-    before = trained("torch", [(0, 5), (5, 0), (0,)])
-    for name in NAMES[1:]:
-        like = build(name, stepping.make_params([(0, 5), (5, 0), (0,)])).state_dict()
-        converted = convert(before, "torch", name, like=like)
-        stepping.take_steps(continued(name, before, converted), 1)
+@pytest.mark.parametrize(
+    ("target", "settings"), [*SETTINGS.items(), ("optax", {}), ("big_vision", {"momentum": None})]
+)
+def test_moments_of_tensors_without_elements_convert(target: str, settings: dict[str, Any]) -> None:
+    shapes = [(0, 5), (5, 0), (0,)]
+    before = trained("torch", shapes)
+    like = build(target, stepping.make_params(shapes), settings).state_dict()
+    converted = convert(before, "torch", target, like=like)
+    stepping.take_steps(continued(target, before, converted, settings), 1)
