@@ -439,6 +439,16 @@ def test_making_a_distributed_state_dict_changes_nothing():
         assert stepping.same_bits(p, q)
 
 
+def test_a_zero_step_of_a_stepped_optimizer_is_counted():
+    """Only a fresh one takes lr = 0 and zero gradients for the making of a state dict."""
+    p = stepping.make_params([(3, 4)])[0]
+    optimizer = Adafactor([p], lr=0.0, relative_step=False)
+    for step, scale in enumerate((1.0, 0.0), start=1):
+        p.grad = torch.full_like(p, scale)
+        optimizer.step()
+        assert float(optimizer.state[p]["step"]) == step
+
+
 def test_what_is_skipped_keeps_its_rms():
     p, q = stepping.make_params([(3, 4), (5,)])
     optimizer = Adafactor([p, q], nonfinite="skip", scale_parameter=False)
