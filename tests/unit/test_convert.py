@@ -410,6 +410,17 @@ def test_without_like_there_are_no_hyperparameters(target: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", LARGEST_TWO)
+def test_a_source_without_hyperparameters_is_as_factored_as_its_state(name: str) -> None:
+    before = trained(name, [(4, 6), (3, 3)])
+    state_dict = before.state_dict()
+    group = state_dict["param_groups"][0]
+    state_dict["param_groups"] = [{k: group[k] for k in ("params", "step") if k in group}]
+    shapes = [(4, 6), (3, 3)]
+    converted = convert_state_dict(state_dict, source=name, target="torch", shapes=shapes)
+    assert_same_state(converted, convert(before, name, "torch"))
+
+
 def test_without_like_an_optimizer_keeps_its_own_hyperparameters() -> None:
     before = trained("torch", [(4, 6)])
     after = continued("hf", before, convert(before, "torch", "hf"), {"clip_threshold": 2.0})
@@ -456,6 +467,18 @@ def test_one_count_for_all_needs_all_counts_equal(target: str) -> None:
 def test_the_one_count_becomes_that_of_every_parameter_with_state(source: str) -> None:
     converted = convert(uneven(source), source, "torch")
     assert [float(converted["state"][index]["step"]) for index in (0, 1)] == [3, 3]
+
+
+@pytest.mark.parametrize("target", ["keras", "optax"])
+def test_the_one_count_needs_no_state(target: str) -> None:
+    source = {"keras": "optax", "optax": "keras"}[target]
+    state_dict = build(source, named_groups()).state_dict()
+    for group in state_dict["param_groups"]:
+        group["step"] = torch.tensor(5.0)
+    converted = convert_state_dict(state_dict, source=source, target=target)
+    assert [float(group["step"]) for group in converted["param_groups"]] == [5, 5]
+    none = convert_state_dict(build("hf", named_groups()).state_dict(), source="hf", target=target)
+    assert [float(group["step"]) for group in none["param_groups"]] == [0, 0]
 
 
 @pytest.mark.parametrize("target", ["hf", "adafactor_pytorch"])
@@ -758,6 +781,14 @@ def test_a_group_without_its_count_is_refused(name: str) -> None:
     state_dict = trained(name, [(7,)]).state_dict()
     del state_dict["param_groups"][0]["step"]
     with pytest.raises(ValueError, match="'step' in the param group of parameter #0"):
+        convert_state_dict(state_dict, source=name, target="torch")
+
+
+@pytest.mark.parametrize("name", ["keras", "optax"])
+def test_a_count_below_zero_is_refused(name: str) -> None:
+    state_dict = trained(name, [(7,)]).state_dict()
+    state_dict["param_groups"][0]["step"] = torch.tensor(-2.0)
+    with pytest.raises(ValueError, match=r"'step' in the param group of parameter #0 .* count"):
         convert_state_dict(state_dict, source=name, target="torch")
 
 
