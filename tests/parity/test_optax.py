@@ -33,7 +33,6 @@ from tests.stepping import assert_same_optimizers, assert_untouched, clone_param
 
 LARGE = [(130, 140), (3, 130, 129), (128, 2, 128), (127, 300), (130, 130)]
 KEYS = {"row_var": "v_row", "col_var": "v_col", "var": "v", "exp_avg": "ema"}
-# The first six alternate shapes decay, the rest do not.
 MASK = [i % 2 == 0 for i in range(len(SHAPES))]
 
 
