@@ -43,8 +43,8 @@ bench: .venv/.stamp-run ## measure it on this machine
 
 ci: lint type arch test ## what must pass before a change lands
 
-clean: ## remove .venv and everything that was built
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+clean: ## remove .venv and everything that was built or drawn
+	rm -rf .venv build demo-output dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than the files that it depends on once their packages are in. It is touched last, so an

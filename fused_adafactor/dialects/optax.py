@@ -1,4 +1,4 @@
-"""optax.adafactor as a torch optimizer, under optax' argument names; also the rule of T5X."""
+"""optax.adafactor as a torch optimizer; for matrices and vectors also the rule of T5X."""
 
 from __future__ import annotations
 
