@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
-import types
 from typing import Any
 
 import pytest
@@ -14,175 +11,31 @@ from torch import Tensor
 
 from fused_adafactor.dialects.keras import Adafactor
 from tests import oracle, peers, stepping
-from tests.stepping import SHAPES, TOLERANCES
+from tests.parity.keras_pairs import (
+    ALL_OPTIONS,
+    DTYPES,
+    EXCLUDED,
+    F32,
+    F64,
+    LR,
+    PEER_TOLERANCES,
+    STEPS,
+    assert_agree,
+    assert_follows,
+    halving,
+    judge_from,
+    keras_module,
+    own_schedule,
+    pair,
+    some_grads,
+    take,
+    take_both,
+)
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:keras"),  # Keras with a newer numpy
 ]
-
-STEPS = 14
-F32, F64 = torch.float32, torch.float64
-# Keras takes means and reads its scalars in float32, whatever the dtype of the variables. What is
-# exact in float64 is compared with the oracle.
-PEER_TOLERANCES = {F64: 2e-7, F32: 3e-6}
-DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-
-
-def halving(iteration: int) -> float:
-    """A schedule whose values float32 holds exactly: Keras keeps learning rates in float32."""
-    return 2.0 ** -(4 + int(iteration) // 3)
-
-
-LR = {"learning_rate": 2.0**-6}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {"learning_rate": 2.0**-10},
-    "large_lr_is_capped": {"learning_rate": 0.5},
-    "zero_lr": {"learning_rate": 0.0, "weight_decay": 0.5},
-    "relative_step_off": {**LR, "relative_step": False},
-    "weight_decay": {"learning_rate": 2.0**-5, "weight_decay": 0.125},
-    "own_numbers": {
-        **LR,
-        "beta_2_decay": -0.6,
-        "epsilon_1": 1e-4,
-        "epsilon_2": 0.1,
-        "clip_threshold": 0.75,
-    },
-    "schedule": {"learning_rate": halving, "weight_decay": 0.25},
-    "clipnorm": {**LR, "clipnorm": 0.5},
-    "clipnorm_off": {**LR, "clipnorm": 0.0},
-    "clipvalue": {**LR, "clipvalue": 0.01},
-    "global_clipnorm": {**LR, "global_clipnorm": 0.5, "epsilon_1": 1e-6},
-    "loss_scale": {**LR, "loss_scale_factor": 1024.0, "epsilon_1": 1e-6},
-    "accumulation": {
-        "learning_rate": halving,
-        "gradient_accumulation_steps": 3,
-        "global_clipnorm": 0.5,
-        "weight_decay": 0.25,
-    },
-    "ema": {"learning_rate": 2.0**-5, "use_ema": True, "ema_momentum": 0.75},
-    "ema_overwrite": {
-        "learning_rate": 2.0**-5,
-        "use_ema": True,
-        "ema_momentum": 0.75,
-        "ema_overwrite_frequency": 3,
-    },
-    "ema_accumulation": {
-        "learning_rate": 2.0**-5,
-        "use_ema": True,
-        "ema_momentum": 0.75,
-        "ema_overwrite_frequency": 3,
-        "gradient_accumulation_steps": 2,
-        "loss_scale_factor": 8.0,
-        "clipvalue": 0.5,
-    },
-}
-ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-NAMES = {
-    "r": "row_var",
-    "c": "col_var",
-    "velocity": "var",
-    "average": "average",
-    "gradient_accumulator": "accumulated",
-}
-EXCLUDED = [i % 2 == 1 for i in range(len(SHAPES))]
-
-
-def keras_module() -> types.ModuleType:
-    """Keras on torch; skips where it is not installed."""
-    peers.require_peer("keras")
-    import keras
-
-    module: types.ModuleType = keras
-    return module
-
-
-def own_schedule(rate: Any) -> Any:
-    """A LearningRateSchedule of Keras that returns `rate` of the iteration."""
-    schedules = keras_module().optimizers.schedules
-
-    class Schedule(schedules.LearningRateSchedule):
-        # The default is a trap: a schedule gets the iteration whatever its signature says.
-        def __call__(self, step: Any = 0) -> float:
-            return rate(step)
-
-    return Schedule()
-
-
-def pair(params: list[torch.nn.Parameter], **options: Any) -> tuple[Any, Any]:
-    """Ours and Keras' over copies of the same parameters."""
-    return Adafactor(stepping.clone_params(params), **options), peers.make_peer(
-        "keras", params, **options
-    )
-
-
-def some_grads(params: list[Tensor], step: int, with_none: bool = False) -> list[Tensor | None]:
-    """Gradients of one step; with `with_none` every third is missing, another third each step."""
-    grads = stepping.grad_values(params, step)
-    return [None if with_none and (step + index) % 3 == 1 else g for index, g in enumerate(grads)]
-
-
-def take(optimizer: Adafactor, grads: list[Tensor | None]) -> None:
-    for p, g in zip(stepping.params_of(optimizer), grads, strict=True):
-        p.grad = g
-    optimizer.step()
-
-
-def take_both(ours: Adafactor, theirs: Any, steps: range, with_none: bool = False) -> None:
-    for step in steps:
-        grads = some_grads(stepping.params_of(ours), step, with_none)
-        take(ours, grads)
-        theirs.step(grads)
-
-
-def assert_agree(ours: Adafactor, theirs: Any, tolerance: float) -> None:
-    """Compare parameters and all that Keras would save."""
-    for p, q in zip(stepping.params_of(ours), theirs.params(), strict=True):
-        stepping.assert_close(p, q, tolerance, str(tuple(p.shape)))
-    mine, wanted = saved(ours), saved(theirs.optimizer)
-    paths = [v.path for v in theirs.optimizer.variables]
-    assert len(mine) == len(wanted) == len(paths)
-    factored = {tuple(p.shape) for p in stepping.params_of(ours) if p.dim() > 1}
-    for number, path in enumerate(paths):
-        a, b = (torch.as_tensor(store[str(number)]).double() for store in (mine, wanted))
-        assert a.shape == b.shape, path
-        if path.endswith("velocity") and tuple(a.shape) in factored:
-            assert not a.any()
-        else:
-            stepping.assert_close(a, b, tolerance, path)
-
-
-def assert_follows(ours: Adafactor, judge: oracle.Oracle, dtype: torch.dtype) -> None:
-    """Compare parameters and state with the oracle's."""
-    tolerance = TOLERANCES[dtype]
-    params = stepping.params_of(ours)
-    for p, expected, wanted in zip(params, judge.params, judge.state, strict=True):
-        what, state = str(tuple(p.shape)), ours.state.get(p, {})
-        stepping.assert_close(p, expected, tolerance, what)
-        if state:
-            assert {NAMES[key] for key in state} == wanted.keys() - {"step"}
-        for key, value in state.items():
-            stepping.assert_close(value, wanted[NAMES[key]], tolerance, f"{key} of {what}")
-
-
-def judge_from(ours: Adafactor, options: dict[str, Any], dtype: torch.dtype) -> oracle.Oracle:
-    """An oracle that goes on from where an optimizer is."""
-    knobs = {**options, "clipnorm": options.get("clipnorm") or None}  # 0 is off
-    if not callable(options["learning_rate"]):
-        knobs["learning_rate"] = float(ours.learning_rate)
-    judge = oracle.Oracle(oracle.keras_knobs(**knobs), stepping.params_of(ours), dtype)
-    judge.calls = int(ours.param_groups[0]["step"])
-    for p, state in zip(stepping.params_of(ours), judge.state, strict=True):
-        state |= {
-            NAMES[key]: value.to(F64, copy=True) for key, value in ours.state.get(p, {}).items()
-        }
-    return judge
-
-
-def saved(optimizer: Any) -> dict[str, Any]:
-    store: dict[str, Any] = {}
-    optimizer.save_own_variables(store)
-    return store
 
 
 # --- the same numbers ----------------------------------------------------------------------------
@@ -290,7 +143,8 @@ def test_an_overwritten_parameter_forgets_its_compensation(finalize):
     if finalize:
         ours.finalize_variable_values()
     assert not ours.state[params[0]]["kahan"].any()
-    assert torch.equal(params[0], ours.state[params[0]]["average"])
+    # The average may be kept in more digits than the parameter has.
+    assert torch.equal(params[0], ours.state[params[0]]["average"].to(torch.bfloat16))
 
 
 def test_groups_share_one_count_and_keep_their_own_options():
@@ -424,6 +278,57 @@ def test_a_function_is_called_once_a_group(which):
     assert len(calls) == 3 * len(ours.param_groups)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (-1.0, ValueError, r"-1\.0 for iteration 2; expected a number >= 0"),
+        (math.nan, ValueError, "nan for iteration 2; expected a number >= 0"),
+        (torch.tensor(-1.0), ValueError, "iteration 2; expected a number >= 0"),
+        (torch.ones(2), ValueError, "iteration 2; expected one number"),
+        (torch.ones(2).numpy(), TypeError, "iteration 2; expected a number"),
+        (torch.tensor(1j), TypeError, "iteration 2; expected a real number"),
+        ("0.1", TypeError, "'0.1' for iteration 2; expected a number"),
+        (None, TypeError, "None for iteration 2; expected a number"),
+        (1j, TypeError, "1j for iteration 2; expected a number"),
+        (True, TypeError, "True for iteration 2; expected a number"),
+    ],
+    # Not the values: a name is to be the same in every process.
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+@pytest.mark.parametrize("takes_iteration", [True, False])
+def test_what_a_function_returns_is_checked(value, error, text, takes_iteration):
+    """Before anything has changed; the other group's function, too, has returned by then."""
+    returned = iter([0.1, 0.1])
+
+    def rate(*_: int) -> Any:
+        return next(returned, value)
+
+    own = (lambda it: rate(it)) if takes_iteration else (lambda: rate())
+    p, q = stepping.make_params([(3, 4), (5,)])
+    groups = [{"params": [p], "lr": 0.5}, {"params": [q], "lr": own}]
+    ours = Adafactor(groups, weight_decay=0.5, use_ema=True)
+    stepping.take_steps(ours, 2)
+    with (
+        stepping.assert_untouched(ours),
+        pytest.raises(error, match=f"(?s)learning_rate returned .*{text}"),
+    ):
+        ours.step()
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor([0.25]), torch.tensor([0.25]).numpy(), 1, math.inf], ids=repr
+)
+def test_what_a_function_may_return(value):
+    number = float(value.item() if hasattr(value, "item") else value)
+    ours, given = (
+        Adafactor(stepping.make_params(dtype=F64), lr) for lr in (lambda _: value, number)
+    )
+    for optimizer in (ours, given):
+        stepping.take_steps(optimizer, 3)
+    for p, q in zip(stepping.params_of(ours), stepping.params_of(given), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_setting_the_learning_rate():
     ours = Adafactor([{"params": [p]} for p in stepping.make_params([(3,), (4,)])], 0.5)
     assert ours.learning_rate == 0.5
@@ -436,6 +341,10 @@ def test_setting_the_learning_rate():
     ours.learning_rate = own_schedule(halving)
     with pytest.raises(TypeError, match="created with a `LearningRateSchedule` object"):
         ours.learning_rate = 0.5
+    ours.learning_rate = lambda: 0.25
+    with pytest.raises(TypeError, match="learning_rate must be a number, got"):
+        ours.learning_rate = "0.5"
+    assert ours.learning_rate == 0.25
 
 
 def test_torch_schedulers_scale_a_number():
@@ -473,239 +382,6 @@ def test_tensor_learning_rate():
         take(ours, grads)
         judge.step(grads)
     assert_follows(ours, judge, F64)
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-@DTYPES
-@ALL_OPTIONS
-def test_goes_on_from_kerass_checkpoint(dtype, options):
-    original, theirs = pair(stepping.make_params(dtype=dtype), **options)
-    take_both(original, theirs, range(5))
-    ours = Adafactor([torch.nn.Parameter(p) for p in theirs.params()], **options)
-    if not callable(options["learning_rate"]):
-        ours.learning_rate = 0.875  # the saved one comes in its place
-    ours.load_own_variables(saved(theirs.optimizer))
-    assert_agree(ours, theirs, 0.0)
-    judge = judge_from(ours, options, dtype)
-    take_both(ours, theirs, range(5, STEPS))
-    assert_agree(ours, theirs, PEER_TOLERANCES[dtype])
-    for step in range(5, STEPS):
-        judge.step(some_grads(stepping.params_of(ours), step))
-    assert_follows(ours, judge, dtype)
-
-
-@DTYPES
-@ALL_OPTIONS
-def test_keras_goes_on_from_our_checkpoint(dtype, options):
-    ours = Adafactor(stepping.make_params(dtype=dtype), **options)
-    stepping.take_steps(ours, 5)
-    theirs = peers.make_peer("keras", stepping.params_of(ours), **options)
-    theirs.optimizer.load_own_variables(saved(ours))
-    assert_agree(ours, theirs, 0.0)
-    take_both(ours, theirs, range(5, STEPS))
-    assert_agree(ours, theirs, PEER_TOLERANCES[dtype])
-
-
-@DTYPES
-@ALL_OPTIONS
-def test_own_checkpoints_go_on_exactly(dtype, options):
-    ours = Adafactor(stepping.make_params(dtype=dtype), **options)
-    for step in range(5):
-        take(ours, some_grads(stepping.params_of(ours), step, with_none=True))
-    by_keras, by_torch = (
-        Adafactor(stepping.clone_params(stepping.params_of(ours)), **options) for _ in range(2)
-    )
-    by_keras.load_own_variables(saved(ours))
-    by_torch.load_state_dict(copy.deepcopy(ours.state_dict()))
-    for optimizer in (ours, by_keras, by_torch):
-        stepping.take_steps(optimizer, 5, start=5)
-    stepping.assert_same_optimizers(by_torch, ours)
-    for p, q in zip(stepping.params_of(by_keras), stepping.params_of(ours), strict=True):
-        assert stepping.same_bits(p, q)
-
-
-def test_the_average_of_an_unstepped_parameter_is_the_parameter():
-    ours, theirs = pair(stepping.make_params([(3, 4), (5,)], F64), **LR, use_ema=True)
-    for step in range(3):
-        grads = [some_grads(stepping.params_of(ours), step)[0], None]
-        take(ours, grads)
-        theirs.step(grads)
-    assert_agree(ours, theirs, PEER_TOLERANCES[F64])
-
-
-def test_bfloat16_resumes_bit_by_bit():
-    for options in ({}, {"use_ema": True}, {"gradient_accumulation_steps": 2}):
-        ours = Adafactor(stepping.make_params(dtype=torch.bfloat16), 2.0**-4, **options)
-        stepping.take_steps(ours, 5)
-        by_torch, by_keras = (
-            Adafactor(stepping.clone_params(stepping.params_of(ours)), 2.0**-4, **options)
-            for _ in range(2)
-        )
-        by_torch.load_state_dict(copy.deepcopy(ours.state_dict()))
-        by_keras.load_own_variables(saved(ours))
-        for optimizer in (ours, by_torch, by_keras):
-            stepping.take_steps(optimizer, 5, start=5)
-        for other in (by_torch, by_keras):
-            stepping.assert_same_optimizers(other, ours)
-
-
-def test_kerass_bfloat16_checkpoint_is_taken():
-    ours, theirs = pair(stepping.make_params(dtype=F32, shapes=[(4, 3), (5,)]), **LR)
-    take_both(ours, theirs, range(3))
-    store = saved(theirs.optimizer)
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    low = {key: a.astype(ml_dtypes.bfloat16) if a.ndim else a for key, a in store.items()}
-    ours.load_own_variables(low)
-    assert_agree(ours, theirs, 2.0**-8)
-
-
-@pytest.mark.parametrize("spoil", ["missing", "one_more", "shape", "iteration"])
-def test_a_checkpoint_that_does_not_fit_changes_nothing(spoil):
-    """Keras warns of the number of variables, and starts anew."""
-    ours = Adafactor(stepping.make_params([(4, 3), (5,)]), **LR)
-    stepping.take_steps(ours, 2)
-    store = saved(ours)
-    if spoil == "missing":
-        del store["7"]
-    elif spoil == "one_more":
-        store["8"] = store["7"]
-    elif spoil == "shape":
-        store["2"] = store["3"]
-    else:
-        store["0"] = store["3"]
-    with stepping.assert_untouched(ours), pytest.raises(ValueError, match=r"saved|state 'r'"):
-        ours.load_own_variables(store)
-
-
-def test_factored_weights_have_no_velocity():
-    """Keras keeps one in full size, so its Adafactor saves no memory at all."""
-    p = torch.nn.Parameter(torch.randn(512, 256))
-    ours = Adafactor([p])
-    stepping.take_steps(ours, 1)
-    assert {key: tuple(v.shape) for key, v in ours.state[p].items()} == {"r": (512,), "c": (256,)}
-
-
-def test_copies_step_alike_and_keep_the_exclusions():
-    options = {"learning_rate": 2.0**-4, "weight_decay": 0.5, "use_ema": True, "name": "mine"}
-    ours = Adafactor(stepping.make_params(dtype=F64), **options)
-    ours.exclude_from_weight_decay(stepping.params_of(ours)[::2])
-    stepping.take_steps(ours, 2)
-    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
-    loaded = Adafactor(stepping.clone_params(stepping.params_of(ours)), **options)
-    loaded.load_state_dict(ours.state_dict())
-    stepping.take_steps(ours, 2, start=2)
-    for other in (*copies, loaded):
-        assert other.name == "mine"
-        stepping.take_steps(other, 2, start=2)
-        stepping.assert_same_optimizers(other, ours)
-
-
-# --- configuration -------------------------------------------------------------------------------
-
-
-@ALL_OPTIONS
-def test_configurations_pass_both_ways(options):
-    keras = keras_module()
-    if callable(options["learning_rate"]):
-        schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.5)
-        options = {**options, "learning_rate": schedule}
-    ours = Adafactor(stepping.make_params([(3,)]), **options, name="mine")
-    theirs = keras.optimizers.Adafactor(**options, name="mine")
-    assert ours.get_config() == theirs.get_config()
-    rebuilt = keras.optimizers.Adafactor.from_config(ours.get_config())
-    assert rebuilt.get_config() == theirs.get_config()
-    again = Adafactor.from_config(theirs.get_config(), stepping.make_params([(3,)]), seed=7)
-    assert again.get_config() == theirs.get_config()
-    assert again.param_groups[0]["seed"] == 7
-    assert float(again.learning_rate) == float(theirs.learning_rate)
-
-
-def test_a_function_stays_in_the_configuration():
-    ours = Adafactor(stepping.make_params([(3,)]), halving)
-    assert ours.get_config()["learning_rate"] is halving
-
-
-# --- apply ---------------------------------------------------------------------------------------
-
-
-def test_apply_is_a_step_with_given_gradients():
-    ours, stepped = (Adafactor(stepping.make_params(dtype=F64), **LR) for _ in range(2))
-    params = stepping.params_of(ours)
-    left = [torch.full_like(p, 7.0) if i % 2 else None for i, p in enumerate(params)]
-    for p, g in zip(params, left, strict=True):
-        p.grad = g
-    for step in range(3):
-        grads = some_grads(params, step, with_none=True)
-        take(stepped, grads)
-        # in another order, as arrays
-        pairs = [(None if g is None else g.numpy(), p) for g, p in zip(grads, params, strict=True)]
-        assert float(ours.apply_gradients(reversed(pairs))) == step + 1
-    for p, q in zip(params, stepping.params_of(stepped), strict=True):
-        assert torch.equal(p, q)
-    assert all(p.grad is g for p, g in zip(params, left, strict=True))
-    ours.apply([])  # Keras: a no-op
-    assert ours.iterations == 3
-
-
-def test_apply_casts_to_the_parameter():
-    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    Adafactor([p], 0.5).apply([torch.ones(3, dtype=F64)])
-    assert p.dtype is torch.bfloat16
-    assert p[0].item() < 1.0
-
-
-def test_apply_refuses_as_keras_does():
-    p, q = stepping.make_params([(3, 4), (5,)])
-    ours = Adafactor([p, q])
-    stepping.take_steps(ours, 1)
-    stranger = torch.nn.Parameter(torch.ones(5))
-    with stepping.assert_untouched(ours):
-        with pytest.raises(ValueError, match=r"must match `optimizer\.variables` one-to-on"):
-            ours.apply([torch.ones(3, 4)])
-        with pytest.raises(ValueError, match="No gradients provided for any variable"):
-            ours.apply([None, None])
-        with pytest.raises(ValueError, match=r"Unknown variable: of shape \(5,\)"):
-            ours.apply_gradients([(torch.ones(5), stranger)])
-        with pytest.raises(RuntimeError, match="assign a gradient of size"):
-            ours.apply([torch.ones(3, 4), torch.ones(6)])
-
-
-def test_a_step_without_gradients_is_a_no_op():
-    ours = Adafactor(stepping.make_params([(3, 4)]), use_ema=True)
-    stepping.take_steps(ours, 2)
-    ours.zero_grad()
-    with stepping.assert_untouched(ours):
-        ours.step()
-
-
-def test_scaled_loss():
-    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    plain = torch.nn.Parameter(w.detach().clone())
-    scaled, unscaled = Adafactor([w], loss_scale_factor=1024.0), Adafactor([plain])
-    assert scaled.scale_loss(torch.tensor(2.0)) == 2048.0
-    assert unscaled.scale_loss(torch.tensor(2.0)) == 2.0
-    for _ in range(3):
-        for optimizer, p in ((scaled, w), (unscaled, plain)):
-            optimizer.zero_grad()
-            optimizer.scale_loss(p.square().sum()).backward()
-            optimizer.step()
-    assert torch.equal(w, plain)
-
-
-def test_closure_has_gradients():
-    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    ours = Adafactor([w], 0.5)
-
-    def closure() -> float:
-        ours.zero_grad()
-        loss = w.square().sum()
-        loss.backward()
-        return loss.item()
-
-    assert ours.step(closure) == 5.0
-    assert closure() < 5.0
 
 
 # --- weight decay --------------------------------------------------------------------------------
@@ -754,6 +430,44 @@ def test_exclusion_needs_names_and_an_unstepped_optimizer():
     stepping.take_steps(ours, 1)
     with pytest.raises(ValueError, match="can only be configured before the optimizer is built"):
         ours.exclude_from_weight_decay([])
+
+
+@pytest.mark.parametrize("change", ["append", "remove"])
+def test_exclusion_and_a_group_that_changed_its_length(change):
+    ours = Adafactor(
+        [{"params": stepping.make_params([(3,)])}, {"params": stepping.make_params([(4,), (5,)])}],
+        0.5,
+        weight_decay=0.5,
+    )
+    ours.exclude_from_weight_decay([stepping.params_of(ours)[1]])
+    stepping.take_steps(ours, 1)
+    params = ours.param_groups[1]["params"]
+    if change == "append":
+        params += stepping.make_params([(6,)])
+    else:
+        del params[0]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    found = rf"param group 1 has {len(params)} parameters, but had 2 when exclude_from_weight_decay"
+    with stepping.assert_untouched(ours), pytest.raises(ValueError, match=found):
+        ours.step()
+
+
+def test_exclusion_is_of_places():
+    """A tensor in another's place is treated as that one; a new group excludes nothing."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    ours = Adafactor(params[:2], 0.5, weight_decay=0.5)
+    ours.exclude_from_weight_decay([params[1]])
+    ours.param_groups[0]["params"][1] = params[2]
+    ours.add_param_group({"params": [params[3]]})
+    assert decayed(ours) == [True, False, True]
+
+
+def test_exclusion_needs_as_many_names_as_parameters():
+    ours = Adafactor(named("a", "b"), weight_decay=0.5)
+    ours.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(ValueError, match="param group 0 has 3 parameters, but 2 names"):
+        ours.exclude_from_weight_decay(var_names=["a"])
 
 
 # --- the peer's bugs -----------------------------------------------------------------------------
@@ -868,10 +582,19 @@ def test_bad_arguments_have_kerass_texts(options):
     [
         ({"learning_rate": -0.1}, ValueError, "learning_rate should be >= 0"),
         ({"learning_rate": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+        ({"learning_rate": torch.tensor(-1.0)}, ValueError, "learning_rate should be >= 0"),
         ({"learning_rate": lambda a, b: 0.1}, ValueError, "takes 2 arguments: a, b"),
         ({"beta_2_decay": 0.8}, ValueError, "beta_2_decay should be <= 0"),
         ({"epsilon_1": -1.0}, ValueError, "epsilon_1 should be >= 0"),
-        ({"epsilon_1": None}, ValueError, "epsilon_1 should be >= 0"),
+        ({"epsilon_1": None}, TypeError, "epsilon_1 must be a number, got None"),
+        ({"beta_2_decay": None}, TypeError, "beta_2_decay must be a number, got None"),
+        (
+            {"use_ema": True, "ema_momentum": None},
+            TypeError,
+            "ema_momentum must be a number, got None",
+        ),
+        ({"weight_decay": [0.1]}, TypeError, r"weight_decay must be a number, got \[0\.1\]"),
+        ({"clipnorm": [1.0]}, TypeError, r"clipnorm must be a number, got \[1\.0\]"),
         ({"epsilon_2": math.nan}, ValueError, "epsilon_2 should be >= 0"),
         ({"clip_threshold": 0.0}, ValueError, "clip_threshold should be > 0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay should be >= 0"),
@@ -887,6 +610,28 @@ def test_bad_arguments_have_kerass_texts(options):
 def test_bad_arguments_are_named(options, error, text):
     with pytest.raises(error, match=text):
         Adafactor([torch.nn.Parameter(torch.ones(3))], **options)
+
+
+def test_an_unused_ema_momentum_is_not_asked_for():
+    """Keras neither, so a configuration of Keras may have None."""
+    stepping.take_steps(Adafactor(stepping.make_params([(3,)]), ema_momentum=None), 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "text"),
+    [
+        ({"lr": 0.1, "learning_rate": 0.2}, ValueError, "has both lr and learning_rate"),
+        ({"lr": None}, TypeError, "lr must be a number, got None"),
+        ({"learning_rate": "0.1"}, TypeError, "lr must be a number, got"),
+    ],
+    ids=["both", "none", "text"],
+)
+def test_bad_groups_are_not_added(own, error, text):
+    p, q = stepping.make_params([(3,), (4,)])
+    ours = Adafactor([p], 0.5)
+    with pytest.raises(error, match=text):
+        ours.add_param_group({"params": [q], **own})
+    assert len(ours.param_groups) == 1
 
 
 def test_max_grad_norm_is_one_more_way_of_clipping():

@@ -1,0 +1,5 @@
+"""keras.optimizers.Adafactor as a torch optimizer: its arguments, numbers and checkpoints."""
+
+from fused_adafactor.dialects.keras.optimizer import Adafactor
+
+__all__ = ["Adafactor"]

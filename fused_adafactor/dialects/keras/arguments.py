@@ -1,0 +1,255 @@
+"""Keras' arguments: their checks, with Keras' texts, and the forms that a learning rate has."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from fused_adafactor.arguments import require_given, require_numbers
+from fused_adafactor.rule import GradClip, GradClipKind
+
+LearningRate: TypeAlias = float | Tensor | Callable[..., Any]
+
+# Keras' arguments that are keys of a param group; learning_rate is the key 'lr'.
+CONFIG = (
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+    "beta_2_decay",
+    "epsilon_1",
+    "epsilon_2",
+    "clip_threshold",
+    "relative_step",
+)
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """Check the form of the constructor's learning rate; its value is for ``check``.
+
+    Raises:
+        ValueError: None of Keras' forms, with Keras' text: an int is none.
+    """
+    if not isinstance(learning_rate, float | Tensor) and not callable(learning_rate):
+        raise ValueError(
+            "Argument `learning_rate` should be float, or an instance of LearningRateSchedule, "
+            "or a callable (that takes in the current iteration value and returns the "
+            "corresponding learning rate value). "
+            f"Received instead: learning_rate={learning_rate}"
+        )
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Check the hyperparameters of a param group.
+
+    Raises:
+        TypeError: One is no number where only a number will do.
+        ValueError: One is out of range, with Keras' texts where Keras checks it.
+    """
+    lr, momentum = group["lr"], group["ema_momentum"]
+    names = ("beta_2_decay", "epsilon_1", "epsilon_2", "clip_threshold")
+    required = {"lr": lr, **{name: group[name] for name in names}}
+    if group["use_ema"]:
+        required["ema_momentum"] = momentum
+    clips = {key: group[key] for key in ("clipnorm", "clipvalue", "global_clipnorm")}
+    require_numbers(
+        **{
+            **required,
+            **clips,
+            "lr": None if callable(lr) else lr,
+            "ema_momentum": momentum,
+            "weight_decay": group["weight_decay"],
+            "loss_scale_factor": group["loss_scale_factor"],
+        }
+    )
+    require_given(**required)
+    if callable(lr):
+        takes_iteration(lr)
+    elif isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    elif not _is_positive_or_zero(lr):
+        raise ValueError(f"learning_rate should be >= 0 but is: {lr}")
+    _check_ranges(group)
+    _check_clips(clips, group["max_grad_norm"])
+    _check_counts(group)
+
+
+def _check_ranges(group: Mapping[str, Any]) -> None:
+    if not group["beta_2_decay"] <= 0.0:
+        raise ValueError(f"beta_2_decay should be <= 0 but is: {group['beta_2_decay']}")
+    for name in ("epsilon_1", "epsilon_2"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name} should be >= 0 but is: {group[name]}")
+    if not group["clip_threshold"] > 0.0:
+        raise ValueError(f"clip_threshold should be > 0 but is: {group['clip_threshold']}")
+    if group["weight_decay"] is not None and not group["weight_decay"] >= 0.0:
+        raise ValueError(f"weight_decay should be >= 0 or None but is: {group['weight_decay']}")
+    scale = group["loss_scale_factor"]
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"loss_scale_factor should be > 0 or None but is: {scale}")
+
+
+def _check_clips(clips: Mapping[str, float | None], max_grad_norm: float | None) -> None:
+    if sum(value is not None for value in clips.values()) > 1:
+        raise ValueError(
+            "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. Received: "
+            + ", ".join(f"{key}={value}" for key, value in clips.items())
+        )
+    if max_grad_norm is not None and any(value is not None for value in clips.values()):
+        raise ValueError(
+            "max_grad_norm excludes clipnorm, clipvalue and global_clipnorm. Received: "
+            + ", ".join(f"{key}={value}" for key, value in clips.items())
+            + f", max_grad_norm={max_grad_norm}"
+        )
+
+
+def _check_counts(group: Mapping[str, Any]) -> None:
+    """Keras' checks of gradient accumulation and of the average of the weights."""
+    steps = group["gradient_accumulation_steps"]
+    if steps and not (isinstance(steps, int) and steps >= 2):
+        raise ValueError(
+            "`gradient_accumulation_steps` must be an integer >= 2. Received: "
+            f"gradient_accumulation_steps={steps}"
+        )
+    if not group["use_ema"]:
+        return
+    momentum, every = group["ema_momentum"], group["ema_overwrite_frequency"]
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"`ema_momentum` must be in the range [0, 1]. Received: ema_momentum={momentum}"
+        )
+    if every and (not isinstance(every, int) or every < 1):
+        raise ValueError(
+            "`ema_overwrite_frequency` must be an integer >= 1 or None. Received: "
+            f"ema_overwrite_frequency={every}"
+        )
+
+
+def grad_clip(group: Mapping[str, Any]) -> GradClip | None:
+    """Keras clips by what is above 0; a global norm that is not finite makes every gradient NaN."""
+    kinds = (
+        ("clipnorm", GradClipKind.NORM),
+        ("global_clipnorm", GradClipKind.GLOBAL_NORM),
+        ("clipvalue", GradClipKind.VALUE),
+    )
+    for key, kind in kinds:
+        if group[key] is not None and group[key] > 0:
+            is_global = kind is GradClipKind.GLOBAL_NORM
+            return GradClip(kind, float(group[key]), nan_if_not_finite=is_global)
+    return None
+
+
+def is_schedule(lr: Any) -> bool:
+    """Whether this is a ``LearningRateSchedule``, of whichever Keras, without importing one."""
+    return any(base.__name__ == "LearningRateSchedule" for base in type(lr).__mro__)
+
+
+def takes_iteration(lr: Callable[..., Any]) -> bool:
+    """Whether a function is to be called with the iteration: it has one required parameter.
+
+    Raises:
+        ValueError: It has more.
+    """
+    if is_schedule(lr):
+        return True
+    try:
+        parameters = inspect.signature(lr).parameters.values()
+    except ValueError:  # a builtin that does not tell
+        return True
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise ValueError(
+            "learning_rate should take the iteration, or nothing, but takes "
+            f"{len(required)} arguments: {', '.join(required)}"
+        )
+    return bool(required)
+
+
+def value_of(lr: Callable[..., Any], iteration: int | None) -> float | Tensor:
+    """The number that a function returns for this iteration; a tensor stays where it is.
+
+    Args:
+        lr: One that ``check`` has passed.
+        iteration: Count of earlier calls; None where it is on a device, which is not waited for.
+
+    Raises:
+        TypeError: It returned no number.
+        ValueError: It returned a negative number, NaN, or a tensor of more numbers than one; or it
+            wants the iteration and that is on a device.
+    """
+    if not takes_iteration(lr):
+        return _returned(lr(), iteration)
+    if iteration is None:
+        raise ValueError(
+            "learning_rate is a Python function of the iteration, but capturable=True, "
+            "fused=True and nonfinite='skip' keep the count of iterations on the device. Give "
+            "learning_rate as a number, or switch these off"
+        )
+    return _returned(lr(iteration), iteration)
+
+
+def _is_positive_or_zero(number: float | Tensor) -> bool:
+    """Whether a learning rate is one; NaN is none. A tensor on a device is not waited for."""
+    if isinstance(number, Tensor) and number.device.type != "cpu":
+        return True
+    return bool(number >= 0.0)
+
+
+def _returned(value: Any, iteration: int | None) -> float | Tensor:
+    """What a function returned, as a number, checked as a given number would be."""
+    what = f"learning_rate returned {value!r}"
+    if iteration is not None:
+        what += f" for iteration {iteration}"
+    if isinstance(value, Tensor):
+        number: float | Tensor = value.detach()
+        if value.numel() != 1:
+            raise ValueError(f"{what}; expected one number")
+        if value.is_complex():
+            raise TypeError(f"{what}; expected a real number")
+    else:
+        try:
+            # item() first: numpy and jax have scalars of one element that float() warns of.
+            plain = value.item() if hasattr(value, "item") else value
+            # float() would read text, and count True as 1.
+            if isinstance(plain, str | bytes | bytearray | bool):
+                raise TypeError("no number")
+            number = float(plain)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what}; expected a number") from error
+    if not _is_positive_or_zero(number):
+        raise ValueError(f"{what}; expected a number >= 0")
+    return number
+
+
+def _keras_schedules() -> Any:
+    """Keras' module of schedules; imported only where a schedule of Keras is at hand."""
+    return importlib.import_module("keras").optimizers.schedules
+
+
+def saved_learning_rate(lr: LearningRate) -> Any:
+    """A learning rate as Keras' configurations have it; a function stays as it is."""
+    if is_schedule(lr):
+        return _keras_schedules().serialize(lr)
+    return float(lr) if isinstance(lr, Tensor) else lr
+
+
+def loaded_learning_rate(saved: Any) -> Any:
+    """The learning rate of a configuration of Keras.
+
+    Raises:
+        ImportError: It is a schedule of Keras and Keras is not installed.
+    """
+    return _keras_schedules().deserialize(saved) if isinstance(saved, dict) else saved
