@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite
@@ -92,6 +94,9 @@ def check_extras(group: Mapping[str, Any]) -> None:
             "differentiable=True is not available: the step is fused and writes in place, so "
             "autograd has nothing to go through. Use a functional optimizer for meta-learning"
         )
+    for name in ("capturable", "fused", "foreach"):
+        if isinstance(group[name], str):
+            raise TypeError(f"{name} must be True or False, got the text {group[name]!r}")
     Rounding.parse(group["rounding"])
     if group["nonfinite"] not in [member.value for member in Nonfinite]:
         raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {group['nonfinite']!r}")
@@ -117,15 +122,29 @@ def check_extras(group: Mapping[str, Any]) -> None:
 
 
 def require_numbers(**arguments: Any) -> None:
-    """Refuse hyperparameters that are text, as command lines and YAML files produce them.
+    """Refuse what is no number: text, as command lines and YAML files produce it, lists, bools.
+
+    None and functions pass; whether they will do is the dialect's to say. eps may be a pair.
 
     Raises:
         TypeError: Names the argument.
     """
     for name, value in arguments.items():
-        for part in value if isinstance(value, tuple | list) else (value,):
+        pair = name == "eps" and isinstance(value, tuple | list)
+        for part in value if pair else (value,):
             if isinstance(part, str):
                 raise TypeError(f"{name} must be a number, got the text {part!r}")
+            if part is None or callable(part) or isinstance(part, Tensor):
+                continue
+            if isinstance(part, bool) or not isinstance(part, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {part!r}")
+
+
+def is_negative(lr: float | Tensor) -> bool:
+    """Whether a lr is below 0 or NaN. A tensor on a device is not asked."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return False
+    return not bool(lr >= 0.0)
 
 
 def require_given(**arguments: Any) -> None:

@@ -97,6 +97,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         source: StateDict = {}
 
         def complete(_: torch.optim.Optimizer, loaded: StateDict) -> StateDict:
+            self._check_origin(loaded)
             source.update(self._completed(loaded))
             self._check_loaded(source)
             return source
@@ -114,6 +115,32 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_origin(self, loaded: StateDict) -> None:
+        """Refuse what state alone cannot tell: another optimizer's groups, or a lost counter.
+
+        Unfactored state looks alike in many optimizers; their hyperparameters do not.
+        """
+        if not loaded["state"]:
+            return
+        common = {"params", "param_names", "step", "initial_lr"}
+        common |= {"lr", "weight_decay", "eps", "maximize"}
+        own = set(self.defaults) - set(EXTRA_DEFAULTS) - common
+        for number, group in enumerate(loaded["param_groups"]):
+            theirs = set(group) - set(EXTRA_DEFAULTS) - common
+            if theirs and not own & theirs:
+                raise ValueError(
+                    f"param group {number} of the loaded state dict is that of another optimizer: "
+                    f"it has {', '.join(sorted(map(repr, theirs)))} and nothing of "
+                    f"{type(self).__name__}'s own"
+                )
+        counts = [group.get("step") for group in loaded["param_groups"]]
+        counted = any("step" in group for group in self.param_groups)
+        if counted and (None in counts or len({float(count) for count in counts}) > 1):
+            raise ValueError(
+                "every loaded param group needs 'step', the one count of steps that all share; "
+                f"got {counts}"
+            )
 
     def _completed(self, loaded: StateDict) -> StateDict:
         """The state dict with every key that our groups have and the loaded groups lack."""

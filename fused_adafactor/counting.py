@@ -35,7 +35,9 @@ def check_count(value: Any, what: str) -> None:
     """
     if not isinstance(value, Tensor | int | float) or torch.as_tensor(value).dim() > 0:
         raise ValueError(f"{what} is {value!r}; expected one number, the count of steps")
-    if torch.as_tensor(value).device.type == "cpu" and not 0 <= float(value) < math.inf:
+    if torch.as_tensor(value).device.type != "cpu":
+        return
+    if not 0 <= float(value) < math.inf or float(value) % 1:
         raise ValueError(f"{what} is {float(value)}; expected a count of steps")
 
 

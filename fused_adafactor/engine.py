@@ -36,8 +36,7 @@ class Task:
         param: The parameter.
         grad: Its gradient; None if only the average moves.
         state: Its state, complete.
-        counter: The step counter that this call has advanced, to be set back if the step is
-            skipped.
+        counter: The step counter that it follows; advanced when the call is done.
         seed: Key of stochastic rounding.
     """
 
@@ -93,7 +92,7 @@ class Engine:
         """Execute one call of step().
 
         Args:
-            tasks: The tensors, all checked, their step counters advanced.
+            tasks: The tensors, all checked.
             grad_scale: Loss scale that the gradients still carry, 0-d, or None (torch's GradScaler
                 protocol).
             found_inf: 0-d, nonzero if nothing may be written, or None.
@@ -108,13 +107,17 @@ class Engine:
             binding.skip = _initial_skip(binding, found_inf)
             bound.append((plan, binding))
         self._update(plans, [(p, b) for p, b in bound if b.activity is Activity.UPDATE])
-        self._keep_param_rms(tasks, [binding for _, binding in bound])
-        _set_back(tasks, [binding for _, binding in bound])
+        bindings = [binding for _, binding in bound]
+        self._keep_param_rms(tasks, bindings)
+        _mark_accumulated([b for b in bindings if b.activity is Activity.ACCUMULATE])
+        skips = _share_skips(tasks, bindings)
         for plan in plans:
             backend = backends.load(plan.facts.backend)
             for activity in (Activity.ACCUMULATE, Activity.AVERAGE, Activity.DROP):
                 mine = [b for owner, b in bound if owner is plan and b.activity is activity]
                 backend.run_activity(activity, mine)
+        # Last, so that a backend that raises has counted nothing.
+        _advance(tasks, skips)
 
     def _update(self, plans: list[Plan], bound: list[tuple[Plan, Binding]]) -> None:
         if not bound:
@@ -198,8 +201,9 @@ def _join(bindings: list[Binding]) -> None:
     """Between the sums and the factors: norms to clip by, and marks on what is to be skipped.
 
     The global norm is over every gradient of this call; each tensor is clipped by the threshold of
-    its own rule. Tensors that share a step counter are skipped together, so that the counter can
-    be set back; a tensor that is clipped by a norm that is not finite is skipped with it.
+    its own rule. Tensors that share a step counter are skipped together, because the counter
+    cannot advance for some of them; a tensor that is clipped by a norm that is not finite is
+    skipped with it.
     """
     with_sums = [b for b in bindings if b.grad_sq is not None]
     if not with_sums:
@@ -222,18 +226,25 @@ def _join(bindings: list[Binding]) -> None:
             b.skip = b.skip | ~finite
 
 
+def _mark_accumulated(bindings: list[Binding]) -> None:
+    """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
+    if any(b.rule.nonfinite is Nonfinite.SKIP for b in bindings):
+        for b in bindings:
+            assert b.grad is not None
+            b.grad_sq = b.grad.to(b.planned.spec.math_dtype).square().sum()
+        _join(bindings)
+
+
 def _sum_on_first_device(values: list[Tensor]) -> Tensor:
     first = values[0]
     dtype = torch.float64 if any(v.dtype is torch.float64 for v in values) else torch.float32
     return torch.stack([v.to(first.device, dtype, non_blocking=True) for v in values]).sum()
 
 
-def _set_back(tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
-    """Take the advance of a step counter back where its step is skipped, asking no device.
+def _share_skips(tasks: Sequence[Task], bindings: Sequence[Binding]) -> dict[int, Tensor]:
+    """By counter, whether its step is skipped: what shares a counter is skipped together.
 
-    A skipped update of accumulated gradients gives the whole window back: the sum is lost, so the
-    window starts anew. A tensor that shares the counter but had no gradient is skipped with the
-    others.
+    Tensors that had no gradient in this call learn it here.
     """
     skips: dict[int, Tensor] = {}
     for task, binding in zip(tasks, bindings, strict=True):
@@ -241,13 +252,20 @@ def _set_back(tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
             before = skips.get(id(task.counter))
             skip = binding.skip.to(task.counter.device)
             skips[id(task.counter)] = skip if before is None else before | skip
-    windows = {
-        id(t.counter): t.rule.accumulation_steps for t in tasks if t.activity is Activity.UPDATE
-    }
     for task, binding in zip(tasks, bindings, strict=True):
         shared = skips.get(id(task.counter))
         if shared is not None and binding.activity in (Activity.AVERAGE, Activity.DROP):
             binding.skip = shared.to(binding.param.device)
-    for counter in {id(task.counter): task.counter for task in tasks}.values():
-        if id(counter) in skips:
-            counter.sub_(skips[id(counter)].to(counter) * windows.get(id(counter), 1))
+    return skips
+
+
+def _advance(tasks: Sequence[Task], skips: dict[int, Tensor]) -> None:
+    """Count this call, unless it is skipped, without asking a device."""
+    counters = {
+        id(task.counter): task.counter
+        for task in tasks
+        if task.rule.step_count is StepCount.GLOBAL
+        or task.activity in (Activity.UPDATE, Activity.ACCUMULATE)
+    }
+    for key, counted in counters.items():
+        counted.add_((~skips[key]).to(counted) if key in skips else 1)

@@ -145,11 +145,38 @@ class AdafactorBase(CheckpointedOptimizer):
         )
         return loss
 
-    def _draft(self) -> list[_Draft]:
-        """Check everything that this step concerns, changing nothing."""
+    def _rules(self) -> list[Rule]:
+        """The rule of every group, the groups checked; a group that was replaced is completed."""
+        shared = [group["step"] for group in self.param_groups if "step" in group]
         for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if shared:
+                group.setdefault("step", shared[0])
             check_group(group)
         rules = [self._rule(group) for group in self.param_groups]
+        if rules[0].step_count is StepCount.GLOBAL:
+            self._check_agreement(rules)
+        return rules
+
+    def _check_agreement(self, rules: list[Rule]) -> None:
+        """Groups that follow one step counter must have it, and agree on what it counts."""
+        if "step" not in self.param_groups[0]:
+            raise ValueError(
+                "no param group has 'step', the count of steps that all share; keep it when you "
+                "replace a group"
+            )
+        counted = {(rule.nonfinite, rule.accumulation_steps) for rule in rules}
+        if len(counted) > 1:
+            raise ValueError(
+                "all param groups of this optimizer follow one step counter, so they must agree on "
+                "nonfinite and gradient_accumulation_steps; got "
+                + " and ".join(f"({nonfinite.value!r}, {steps})" for nonfinite, steps in counted)
+            )
+
+    def _draft(self) -> list[_Draft]:
+        """Check everything that this step concerns, changing nothing."""
+        rules = self._rules()
         drafts = []
         for group, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
@@ -164,7 +191,7 @@ class AdafactorBase(CheckpointedOptimizer):
         return drafts if any(draft.activity is Activity.UPDATE for draft in drafts) else []
 
     def _commit(self, drafts: list[_Draft]) -> list[Task]:
-        """Evaluate the schedules, then create missing state and advance the step counters."""
+        """Evaluate the schedules, then create missing state."""
         evaluated: dict[Any, tuple[Scalars, bool]] = {}
         # Once a group: its lr may be a user's function.
         groups = {id(group): group for group, *_ in drafts}
@@ -202,17 +229,6 @@ class AdafactorBase(CheckpointedOptimizer):
                     seed=group["seed"],
                 )
             )
-        for task in tasks:
-            if task.rule.step_count is StepCount.PER_PARAM and task.activity not in (
-                Activity.AVERAGE,
-                Activity.DROP,
-            ):
-                task.counter.add_(1)
-        if tasks:
-            for counted in {
-                id(t.counter): t.counter for t in tasks if t.rule.step_count is StepCount.GLOBAL
-            }.values():
-                counted.add_(1)
         return tasks
 
     def _counter(self, group: dict[str, Any], rule: Rule, param: Tensor) -> Tensor | None:
@@ -254,7 +270,7 @@ class AdafactorBase(CheckpointedOptimizer):
         Raises:
             RuntimeError: The backend asked for cannot run; the same as ``step()`` would raise.
         """
-        rules = [self._rule(group) for group in self.param_groups]
+        rules = self._rules()
         specs = []
         for _, param, id in self._ids():
             grad = param if param.grad is None else param.grad

@@ -32,7 +32,8 @@ class StateLayout:
         step: Step counter, 0-d; only where steps are counted per parameter.
         param_rms: RMS of the parameter before its last step, 0-d; None where the peer keeps none.
         compensation: What rounding='kahan' carries over, shape and dtype of the parameter.
-        average: EMA of the weights, shape of the parameter.
+        average: EMA of the weights, shape of the parameter, in the math dtype: in bfloat16 it would
+            stop moving.
         accumulator: Sum of the gradients since the last update, shape of the parameter.
         keepdim: Whether the factors keep the reduced dimension with size 1.
     """
@@ -90,7 +91,7 @@ def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, E
     if spec.keeps_compensation:
         entries["compensation"] = Entry(spec.shape, spec.param_dtype)
     if rule.weight_average is not None:
-        entries["average"] = Entry(spec.shape, spec.param_dtype)
+        entries["average"] = Entry(spec.shape, spec.math_dtype)
     if rule.accumulation_steps > 1:
         entries["accumulator"] = Entry(spec.shape, spec.math_dtype)
     return entries
@@ -112,7 +113,7 @@ def init_state(
         if name == "step":
             state[key] = counter(0.0, step_device)
         elif name == "average":
-            state[key] = param.detach().clone()
+            state[key] = param.detach().to(entry.dtype, copy=True)
         elif name in ("row_var", "col_var"):
             assert spec.view is not None
             canonical = torch.zeros(
@@ -154,9 +155,10 @@ def check_state(
         if key not in state:
             if name in REQUIRED:
                 raise ValueError(
-                    f"state of {spec.id} lacks {key!r}; it has {', '.join(map(repr, state))}. "
-                    "Is this the checkpoint of another optimizer? "
-                    "fused_adafactor.convert_state_dict converts between dialects"
+                    f"state of {spec.id} lacks {key!r}, which its param group's settings need; "
+                    f"it has {', '.join(map(repr, state))}. Settings that decide what is kept "
+                    "cannot be changed once there is state; for the checkpoint of another "
+                    "optimizer there is fused_adafactor.convert_state_dict"
                 )
             continue
         value = state[key]

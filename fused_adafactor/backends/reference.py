@@ -119,7 +119,7 @@ def apply(b: Binding) -> None:
     _write_moments(b, exp_avg)
     _write_param(b, b.planned.spec.view.from_matrices(delta) if b.planned.spec.view else delta)
     if b.accumulator is not None:
-        b.accumulator.zero_()  # even if the step is skipped: what it holds is then not finite
+        _write(b, b.accumulator, torch.zeros_like(b.accumulator))
     average(b)
 
 

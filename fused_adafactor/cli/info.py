@@ -104,11 +104,12 @@ def self_check(device: torch.device) -> SelfCheck:
 
     from fused_adafactor import backends
 
-    request = backends.parse_request("auto")
+    request = "auto"
     try:
+        request = backends.parse_request(request)
         name = backends.choose(request, device).backend
         ours = _stepped(device, torch.float32, request)
-    except RuntimeError as broken:
+    except (RuntimeError, ValueError) as broken:
         return SelfCheck(str(device), request, None, passed=False, reason=str(broken))
     wanted = _stepped(torch.device("cpu"), torch.float64, "reference")
     error = max(

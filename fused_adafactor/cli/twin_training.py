@@ -154,7 +154,7 @@ class Trainee:
 def _now(device: torch.device) -> float:
     """Seconds, once the device has done what it was told to."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.arguments import Extras, require_given, require_numbers, rule_arguments
+from fused_adafactor.arguments import (
+    Extras,
+    is_negative,
+    require_given,
+    require_numbers,
+    rule_arguments,
+)
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
@@ -180,10 +186,9 @@ def _check(group: Mapping[str, Any]) -> None:
     }
     require_numbers(**numbers)
     require_given(**{key: value for key, value in numbers.items() if key != "lr"})
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    elif lr is not None and not callable(lr) and not lr >= 0.0:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if lr is not None and not callable(lr) and is_negative(lr):
         raise ValueError(f"lr should be >= 0, None or a function of the step but is: {lr}")
     for name in ("beta1", "beta2"):
         if name in numbers and not 0.0 <= group[name] < 1.0:

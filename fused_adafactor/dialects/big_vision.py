@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.arguments import Extras, require_given, require_numbers, rule_arguments
+from fused_adafactor.arguments import (
+    Extras,
+    is_negative,
+    require_given,
+    require_numbers,
+    rule_arguments,
+)
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import DecayFactor, Eps1Rule, Momentum, MomentumSite, Rule, WeightDecay
@@ -172,10 +178,9 @@ def _check(group: Mapping[str, Any]) -> None:
     require_numbers(**{key: group[key] for key in (*_GIVEN, *_OPTIONAL)})
     require_given(**{key: group[key] for key in _GIVEN})
     lr, clip = group["lr"], group["clipping_threshold"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("learning rate must be a scalar or scalar tensor.")
-    elif not lr >= 0.0:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("learning rate must be a scalar or scalar tensor.")
+    if is_negative(lr):
         raise ValueError(f"Invalid learning rate: {lr}")
     for name in ("weight_decay", "min_dim_size_to_factor", "decay_rate", "eps"):
         if group[name] is not None and not group[name] >= 0:

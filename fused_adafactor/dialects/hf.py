@@ -12,6 +12,7 @@ from typing_extensions import Unpack, override
 
 from fused_adafactor.arguments import (
     Extras,
+    is_negative,
     require_given,
     require_numbers,
     require_pair,
@@ -186,10 +187,9 @@ def _check(group: Mapping[str, Any]) -> None:
     require_numbers(lr=lr, eps=eps, beta1=beta1, **numbers)
     require_given(**numbers)
     require_pair(eps=eps)
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    elif lr is not None and not lr >= 0.0:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if lr is not None and is_negative(lr):
         raise ValueError(f"lr should be >= 0 or None but is: {lr}")
     for name, value in zip(("eps[0]", "eps[1]"), eps, strict=True):
         if value is None or not value >= 0.0:

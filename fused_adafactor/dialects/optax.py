@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from fused_adafactor.arguments import Extras, require_given, require_numbers, rule_arguments
+from fused_adafactor.arguments import (
+    Extras,
+    is_negative,
+    require_given,
+    require_numbers,
+    rule_arguments,
+)
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rule import (
@@ -202,8 +208,7 @@ def _check(group: Mapping[str, Any]) -> None:
         raise ValueError("Tensor learning_rate must be 1-element")
     for name in ("learning_rate", *_AT_LEAST_ZERO):
         value = numbers[name]
-        is_number = value is not None and not callable(value) and not isinstance(value, Tensor)
-        if is_number and not value >= 0:
+        if value is not None and not callable(value) and is_negative(value):
             raise ValueError(f"{name} should be >= 0 but is: {value}")
     clip, momentum = group["clipping_threshold"], group["momentum"]
     if clip is not None and not clip > 0.0:

@@ -11,6 +11,7 @@ from typing_extensions import Unpack, override
 
 from fused_adafactor.arguments import (
     TorchExtras,
+    is_negative,
     require_given,
     require_numbers,
     require_pair,
@@ -110,10 +111,9 @@ def _check(group: Mapping[str, Any]) -> None:
     require_numbers(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay)
     require_given(lr=lr, beta2_decay=beta2_decay, d=d, weight_decay=weight_decay)
     require_pair(eps=eps)
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    elif not lr >= 0.0:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if is_negative(lr):
         raise ValueError(f"Learning rate should be >= 0 but is: {lr}")
     if not beta2_decay <= 0.0:
         raise ValueError(f"beta2_decay should be <= 0 but is: {beta2_decay}")

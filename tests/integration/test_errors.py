@@ -255,17 +255,69 @@ def test_a_state_dict_of_other_groups_is_not_loaded(dialect):
 
 @EVERY_DIALECT
 def test_the_checkpoint_of_another_optimizer_is_not_loaded(dialect):
-    """It has other state, and its eps is one number where torch and transformers have two."""
+    """Unfactored state looks alike, even in its keys; the hyperparameters give it away."""
     optimizer = build(dialect)
     other = torch.optim.AdamW(stepping.make_params(SHAPES))
     stepping.take_steps(other, 1)
     with (
         stepping.assert_untouched(optimizer),
         pytest.raises(
-            (ValueError, TypeError), match=r"lacks .*convert_state_dict|eps must be a pair"
+            (ValueError, TypeError), match=r"is that of another optimizer: it has .*'betas'"
         ),
     ):
         optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS if d.counts_globally], ids=str)
+@pytest.mark.parametrize("damage", ["missing", "fractional", "unequal"])
+def test_the_one_count_of_a_checkpoint_must_be_there_and_whole(dialect, damage):
+    """Without it the first step would forget every second moment."""
+    params = stepping.make_params(SHAPES)
+    source = dialect([{"params": params[:1]}, {"params": params[1:]}])
+    stepping.take_steps(source, 2)
+    saved = copy.deepcopy(source.state_dict())
+    if damage == "missing":
+        for group in saved["param_groups"]:
+            del group["step"]
+    else:
+        saved["param_groups"][0]["step"] = torch.tensor(2.5 if damage == "fractional" else 7.0)
+    if damage == "fractional":
+        saved["param_groups"][1]["step"] = torch.tensor(2.5)
+    fresh = stepping.make_params(SHAPES)
+    optimizer = dialect([{"params": fresh[:1]}, {"params": fresh[1:]}])
+    with stepping.assert_untouched(optimizer), pytest.raises(ValueError, match="step"):
+        optimizer.load_state_dict(saved)
+
+
+def test_an_adamw_checkpoint_of_unfactored_tensors_is_not_loaded():
+    """Its state has the very keys and shapes of big_vision's."""
+    other = torch.optim.AdamW([torch.ones(8, requires_grad=True)])
+    stepping.take_steps(other, 1)
+    (big_vision,) = (d for d in DIALECTS if d.name == "big_vision")
+    optimizer = big_vision([torch.ones(8, requires_grad=True)], min_dim_size_to_factor=16)
+    with stepping.assert_untouched(optimizer), pytest.raises(ValueError, match="'betas'"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+@EVERY_DIALECT
+@pytest.mark.parametrize("value", [-0.1, math.nan], ids=str)
+def test_a_tensor_lr_is_held_to_the_range_of_a_number(dialect, value):
+    with pytest.raises(ValueError, match=r"(?i)rate|lr"):
+        dialect(stepping.make_params(SHAPES), **{dialect.lr_argument: torch.tensor(value)})
+
+
+@EVERY_DIALECT
+def test_a_group_that_was_replaced_takes_the_defaults(dialect):
+    optimizer = build(dialect)
+    stepping.take_steps(optimizer, 1)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[0] = {"params": group["params"], "lr": 0.5}
+    if dialect.counts_globally:
+        with pytest.raises(ValueError, match="no param group has 'step'"):
+            optimizer.step()
+        optimizer.param_groups[0]["step"] = group["step"]
+    stepping.take_steps(optimizer, 1)
+    assert optimizer.param_groups[0]["rounding"] == "nearest"
 
 
 # --- hyperparameters -----------------------------------------------------------------------------

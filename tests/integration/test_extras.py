@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_adafactor.backends import reference
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests import stepping
 from tests.dialects import DIALECTS, KERAS, TORCH, VARIANTS, Dialect
@@ -197,21 +198,64 @@ def test_skip_leaves_a_tensor_and_its_count_as_if_the_step_had_not_been(
 
 @POISON
 @pytest.mark.parametrize("call", [0, 1], ids=["accumulating", "updating"])
-def test_skip_gives_a_whole_window_of_accumulated_gradients_back(poison, call):
-    optimizer, other = (
-        build(KERAS, gradient_accumulation_steps=2, nonfinite="skip") for _ in range(2)
-    )
+def test_skip_drops_one_call_of_an_accumulation(poison, call):
+    """The gradients gathered before it stay, and the average of the weights stands still."""
+    settings = {"gradient_accumulation_steps": 2, "nonfinite": "skip", "use_ema": True}
+    optimizer, other = (build(KERAS, **settings) for _ in range(2))
     for each in (optimizer, other):
-        stepping.take_steps(each, 2)
-    for now in range(2):
-        set_grads(optimizer, 2 + now, torch.float32)
-        if now == call:
-            stepping.params_of(optimizer)[0].grad[3, 2] = poison
+        stepping.take_steps(each, 2 + call)
+    set_grads(optimizer, 9, torch.float32)
+    stepping.params_of(optimizer)[0].grad[3, 2] = poison
+    optimizer.step()
+    stepping.assert_same_optimizers(optimizer, other)
+    for each in (optimizer, other):
+        stepping.take_steps(each, 3, start=4)
+    stepping.assert_same_optimizers(optimizer, other)
+
+
+def test_found_inf_drops_one_call_of_an_accumulation():
+    optimizer, other = (build(KERAS, gradient_accumulation_steps=2, fused=True) for _ in range(2))
+    for each in (optimizer, other):
+        stepping.take_steps(each, 3)
+    set_grads(optimizer, 9, torch.float32)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    del optimizer.found_inf
+    stepping.assert_same_optimizers(optimizer, other)
+
+
+@pytest.mark.parametrize("key", ["nonfinite", "gradient_accumulation_steps"])
+def test_groups_of_one_counter_must_agree_on_what_it_counts(key):
+    """Else some tensors would be skipped, or averaged over other calls, and the count be wrong."""
+    params = stepping.make_params(SHAPES[:2])
+    other = {key: "skip" if key == "nonfinite" else 2}
+    optimizer = KERAS([{"params": params[:1], **other}, {"params": params[1:]}])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="must agree on nonfinite and gradient_accumulation_steps"):
         optimizer.step()
-    stepping.assert_same_optimizers(optimizer, other)
-    for each in (optimizer, other):
-        stepping.take_steps(each, 2, start=4)
-    stepping.assert_same_optimizers(optimizer, other)
+
+
+def test_a_backend_that_raises_has_counted_nothing(monkeypatch):
+    optimizer = build(TORCH)
+    stepping.take_steps(optimizer, 1)
+    monkeypatch.setattr(reference, "round_nearest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stepping.take_steps(optimizer, 1)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+def test_the_average_of_bfloat16_weights_does_not_stall():
+    (param,) = params = [torch.full((4,), 256.0, dtype=torch.bfloat16, requires_grad=True)]
+    optimizer = KERAS(params, use_ema=True, learning_rate=1e-9)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with torch.no_grad():
+        param.fill_(300.0)
+    for _ in range(1000):
+        optimizer.step()
+    average = optimizer.state[param][optimizer.layout.average]
+    assert (average - 300).abs().max() < 0.01
 
 
 @EVERY_DIALECT
@@ -350,10 +394,11 @@ def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
     optimizer = build(dialect, capturable=True, nonfinite="skip", max_grad_norm=1.0)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
     stepping.take_steps(optimizer, 1)
-    # A counter is checked where that waits for nothing; here it stands for one on a device.
+    # Counter and lr are checked where that waits for nothing; here they stand for device tensors.
     for name, module in list(sys.modules.items()):
-        if name.startswith("fused_adafactor") and hasattr(module, "check_count"):
-            monkeypatch.setattr(module, "check_count", lambda value, what: None)
+        for check, answer in (("check_count", None), ("is_negative", False)):
+            if name.startswith("fused_adafactor") and hasattr(module, check):
+                monkeypatch.setattr(module, check, lambda *_, answer=answer: answer)
 
     def refuse(self: Tensor, *args: Any) -> Any:
         raise AssertionError("a tensor was read on the host")
