@@ -32,8 +32,8 @@ fmt: .venv/.stamp-dev ## reformat, and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: .venv/.stamp-dev ## run all the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.stamp-dev ## run all the tests, on all cores (ARGS="-n 0" for one process, say with --pdb)
+	FUSED_ADAFACTOR_REQUIRE_PEERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 demo: .venv/.stamp-run ## see it work (installs torch, the package and matplotlib only)
 	$(BIN)/python -m fused_adafactor demo $(ARGS)

@@ -3,7 +3,7 @@
 `make_peer(name, params, **kwargs)` copies `params` (torch tensors), builds the peer's optimizer
 with its own constructor arguments and returns an object with `step(grads)` and `params()`. A peer
 is imported when it is first asked for; one that is not installed skips the test and says what is
-missing.
+missing, or fails it where FUSED_ADAFACTOR_REQUIRE_PEERS=1 says that everything is installed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,34 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import Tensor
 
 Grads = Sequence[Tensor | None]
+REQUIRED = "FUSED_ADAFACTOR_REQUIRE_PEERS"
+
+
+def missing(reason: str) -> NoReturn:
+    """Skips the running test, or the module being imported, for want of something installed.
+
+    Where `REQUIRED` is 1 it fails: an environment that lost a peer would else pass every test.
+    """
+    if os.environ.get(REQUIRED) == "1":
+        pytest.fail(f"{reason} ({REQUIRED}=1: nothing may be missing)", pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def require_module(name: str) -> types.ModuleType:
+    """The module `name`, by `missing` where it cannot be imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what its own imports say is not about our code
+            return importlib.import_module(name)
+    except ImportError as error:
+        missing(f"needs the module {name}: {error}")
 
 
 class TorchPeer:
@@ -164,14 +185,14 @@ def _load_big_vision() -> Callable[..., TorchPeer]:
 def _load_keras() -> Callable[..., KerasPeer]:
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "torch"
-    keras = _module("keras")
+    keras = require_module("keras")
     if keras.backend.backend() != "torch":
-        pytest.skip("keras was imported before with another backend; set KERAS_BACKEND=torch")
+        missing("keras was imported before with another backend; set KERAS_BACKEND=torch")
     return lambda params, **kwargs: KerasPeer(keras, params, **kwargs)
 
 
 def _load_optax() -> Callable[..., OptaxPeer]:
-    jax, optax = _module("jax"), _module("optax")
+    jax, optax = require_module("jax"), require_module("optax")
     return lambda params, **kwargs: OptaxPeer(jax, optax, params, **kwargs)
 
 
@@ -188,7 +209,7 @@ PEER_NAMES = tuple(_LOADERS)
 
 
 def require_peer(name: str) -> Callable[..., Any]:
-    """The factory of peer `name`; skips the running test where the peer is not installed."""
+    """The factory of peer `name`; `missing` where it is not installed."""
     return _LOADERS[name]()
 
 
@@ -201,19 +222,10 @@ def make_peer(name: str, params: Sequence[Tensor], **kwargs: Any) -> Any:
     return require_peer(name)(params, **kwargs)
 
 
-def _module(name: str) -> types.ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a peer's own imports say is not about our code
-            return importlib.import_module(name)
-    except ImportError as error:
-        pytest.skip(f"peer needs the module {name}: {error}")
-
-
 def _attribute(module: str, name: str) -> Any:
-    found = getattr(_module(module), name, None)
+    found = getattr(require_module(module), name, None)
     if found is None:
-        pytest.skip(f"peer needs {module}.{name}, which this version does not have")
+        missing(f"needs {module}.{name}, which this version does not have")
     return found
 
 
@@ -225,7 +237,7 @@ def _bare_timm() -> Iterator[None]:
     """
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("peer needs the module timm")
+        missing("needs the module timm")
     root = next(iter(spec.submodule_search_locations))
     before = _take_out_of_sys_modules("timm")
     for name, path in (("timm", root), ("timm.optim", os.path.join(root, "optim"))):

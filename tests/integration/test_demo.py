@@ -14,6 +14,7 @@ import torch
 from fused_adafactor import Adafactor
 from fused_adafactor.cli import demo, language_model, twin_training
 from fused_adafactor.cli.progress import ProgressBar
+from tests import peers
 
 TINY = language_model.DemoConfig(
     steps=24,
@@ -106,7 +107,7 @@ def test_sample_cannot_command_a_terminal() -> None:
 def test_command_writes_files_and_plain_text(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    peers.require_module("matplotlib")
     assert run_demo(monkeypatch, tmp_path / "new" / "out") == 0
     printed = capsys.readouterr()
     record = json.loads((tmp_path / "new" / "out" / "demo.json").read_text(encoding="utf-8"))

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("expecttest")  # torch.testing._internal imports it
+from fused_adafactor import Adafactor
+from tests import peers, stepping
+
+peers.require_module("expecttest")  # torch.testing._internal imports it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch's own imports say is not about our code
     from torch.testing._internal import common_optimizers as torch_table
-
-from fused_adafactor import Adafactor
-from tests import stepping
 
 INFO = torch_table.OptimizerInfo(
     Adafactor,
