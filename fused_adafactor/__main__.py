@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fused_adafactor import __version__
-from fused_adafactor.cli import demo, info
+from fused_adafactor.cli import bench, demo, info
 
-COMMANDS = (info, demo)
+COMMANDS = (info, demo, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
