@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,69 @@ def take_steps(
 def clone_params(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     """Copies with the same memory layout, without gradients."""
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+# --- memory layouts ------------------------------------------------------------------------------
+
+
+def contiguous(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+def transposed(values: Tensor) -> Tensor:
+    return values.mT.contiguous().mT
+
+
+def channels_last(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def strided(values: Tensor) -> Tensor:
+    """Every other element of a buffer twice as wide."""
+    wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), math.nan)
+    wide[..., ::2] = values
+    return wide[..., ::2]
+
+
+def misaligned(values: Tensor) -> Tensor:
+    """A view that starts one element into its storage."""
+    storage = values.new_full((values.numel() + 1,), math.nan)
+    storage[1:] = values.reshape(-1)
+    return storage[1:].view(values.shape)
+
+
+def expanded(values: Tensor) -> Tensor:
+    """One row for all rows, as the gradient of a sum over a broadcast has it."""
+    return values[..., :1, :].expand(values.shape)
+
+
+def expanded_scalar(values: Tensor) -> Tensor:
+    """One number for all elements, as the gradient of a plain sum has it: every stride is 0.
+
+    Of one sign: an average of such gradients would pass through zero everywhere at once, and leave
+    nothing that a relative error can be relative to.
+    """
+    return values.reshape(-1)[0].abs().expand(values.shape)
+
+
+# How a parameter and its gradient, of four dimensions, lie in memory.
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "both_transposed": (transposed, transposed),
+    "parameter_transposed": (transposed, contiguous),
+    "gradient_transposed": (contiguous, transposed),
+    "both_channels_last": (channels_last, channels_last),
+    "gradient_channels_last": (contiguous, channels_last),
+    "parameter_channels_last": (channels_last, contiguous),
+    "channels_last_and_transposed": (channels_last, transposed),
+    "parameter_misaligned": (misaligned, contiguous),
+    "both_misaligned": (misaligned, misaligned),
+    "gradient_misaligned": (contiguous, misaligned),
+    "both_strided": (strided, strided),
+    "parameter_strided": (strided, contiguous),
+    "strided_and_transposed": (strided, transposed),
+    "gradient_expanded": (contiguous, expanded),
+    "gradient_expanded_scalar": (transposed, expanded_scalar),
+}
 
 
 # --- comparisons ---------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fused_adafactor.dialects.big_vision import Adafactor
 from tests import peers
-from tests.oracle import Oracle, View, big_vision_knobs
+from tests.oracle import Oracle, big_vision_knobs
 from tests.parity.follow import (
     BF16,
     F16,
     F32,
     F64,
+    KEPT,
     SHAPES,
     STEPS,
     TOLERANCES,
@@ -37,13 +38,6 @@ from tests.stepping import (
 
 # Above the default size: convolutions, equal dimensions, tall and wide, one just too short.
 SHAPES_BV = [*SHAPES, (20, 17, 3, 3), (3, 3, 20, 33), (16, 2, 16), (40, 17), (15, 40)]
-KEYS = {
-    "step": "step",
-    "row_var": "exp_avg_sq_r",
-    "col_var": "exp_avg_sq_c",
-    "var": "exp_avg_sq",
-    "exp_avg": "exp_avg",
-}
 SMALL: dict[str, Any] = {"lr": 0.01, "min_dim_size_to_factor": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -66,12 +60,6 @@ CORRECTED: dict[str, dict[str, Any]] = {
         "unscaled_wd": True,
     },
 }
-
-
-def to_full(view: View, entry: str, factor: Tensor) -> Tensor:
-    """exp_avg_sq_r has the largest dimension (the oracle's last) reduced to 1, _c the second."""
-    assert factor.shape[view.dims[1 if entry == "row_var" else 0]] == 1
-    return factor.expand(view.shape)
 
 
 def params_for(name: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -103,7 +91,7 @@ def test_follows_the_oracle(name: str, dtype: torch.dtype) -> None:
         judge.step(grads)
         assert_all_close(params, judge.params, TOLERANCES[dtype], f"step {step + 1}")
     states = [optimizer.state[p] for p in params]
-    assert_state_is(judge, states, KEYS, to_full, TOLERANCES[dtype])
+    assert_state_is(judge, states, KEPT["big_vision"], TOLERANCES[dtype])
 
 
 @pytest.mark.parity

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fused_adafactor.dialects.optax import Adafactor
 from tests import peers
-from tests.oracle import Oracle, View, optax_knobs
+from tests.oracle import Oracle, optax_knobs
 from tests.parity.follow import (
     BF16,
     F16,
     F32,
     F64,
+    KEPT,
     SHAPES,
     STEPS,
     TOLERANCES,
@@ -32,7 +33,6 @@ from tests.parity.follow import (
 from tests.stepping import assert_same_optimizers, assert_untouched, clone_params, same_bits
 
 LARGE = [(130, 140), (3, 130, 129), (128, 2, 128), (127, 300), (130, 130)]
-KEYS = {"row_var": "v_row", "col_var": "v_col", "var": "v", "exp_avg": "ema"}
 MASK = [i % 2 == 0 for i in range(len(SHAPES))]
 
 
@@ -62,11 +62,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def to_full(view: View, entry: str, factor: Tensor) -> Tensor:
-    """v_row lacks the largest dimension (the oracle's last), v_col the second largest."""
-    return factor.unsqueeze(view.dims[1 if entry == "row_var" else 0]).expand(view.shape)
-
-
 def knobs(variant: dict[str, Any], dtype: torch.dtype) -> Any:
     return optax_knobs(**{"dtype_momentum": dtype, **variant})
 
@@ -87,7 +82,7 @@ def test_follows_the_oracle(name: str, dtype: torch.dtype) -> None:
         judge.step(grads)
         assert_all_close(params, judge.params, TOLERANCES[dtype], f"step {step + 1}")
     states = [optimizer.state[p] for p in params]
-    assert_state_is(judge, states, KEYS, to_full, TOLERANCES[dtype])
+    assert_state_is(judge, states, KEPT["optax"], TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -104,7 +99,7 @@ def test_follows_the_oracle_above_the_default_size(dtype: torch.dtype) -> None:
     assert [set(state) for state in states] == [
         {"v", "ema"} if 127 in shape else {"v_row", "v_col", "ema"} for shape in LARGE
     ]
-    assert_state_is(judge, states, KEYS, to_full, TOLERANCES[dtype])
+    assert_state_is(judge, states, KEPT["optax"], TOLERANCES[dtype])
 
 
 @pytest.mark.parity

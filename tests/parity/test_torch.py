@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from fused_adafactor import Adafactor
 from tests import oracle, stepping
-from tests.stepping import TOLERANCES
+from tests.stepping import LAYOUTS, TOLERANCES
 
 pytestmark = pytest.mark.parity
 
@@ -135,50 +133,6 @@ def test_agrees_with_the_oracle(dtype, options):
 
 
 # --- memory layouts ------------------------------------------------------------------------------
-
-
-def contiguous(values: Tensor) -> Tensor:
-    return values.clone()
-
-
-def transposed(values: Tensor) -> Tensor:
-    return values.mT.contiguous().mT
-
-
-def channels_last(values: Tensor) -> Tensor:
-    return values.contiguous(memory_format=torch.channels_last)
-
-
-def strided(values: Tensor) -> Tensor:
-    """Every other element of a buffer twice as wide."""
-    wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), math.nan)
-    wide[..., ::2] = values
-    return wide[..., ::2]
-
-
-def misaligned(values: Tensor) -> Tensor:
-    """A view that starts one element into its storage."""
-    storage = values.new_full((values.numel() + 1,), math.nan)
-    storage[1:] = values.reshape(-1)
-    return storage[1:].view(values.shape)
-
-
-def expanded(values: Tensor) -> Tensor:
-    """One row for all rows, as the gradient of a sum over a broadcast has it."""
-    return values[..., :1, :].expand(values.shape)
-
-
-LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "both_transposed": (transposed, transposed),
-    "parameter_transposed": (transposed, contiguous),
-    "gradient_transposed": (contiguous, transposed),
-    "both_channels_last": (channels_last, channels_last),
-    "gradient_channels_last": (contiguous, channels_last),
-    "parameter_misaligned": (misaligned, contiguous),
-    "both_misaligned": (misaligned, misaligned),
-    "both_strided": (strided, strided),
-    "gradient_expanded": (contiguous, expanded),
-}
 
 
 @DTYPES
