@@ -1,5 +1,91 @@
-"""The package is declared in pyproject.toml; the native library of csrc/ will be declared here."""
+"""Builds the native CPU library from csrc/ where a C++ compiler is found.
 
-from setuptools import setup
+The library has a plain C interface: no header of torch or Python goes into it, so it is built in an
+ordinary isolated environment, and one wheel serves every Python and every torch.
+Without a compiler the package installs without it, and `python -m fused_adafactor info` says so.
+FUSED_ADAFACTOR_BUILD=1 makes a failing build an error, =0 leaves the library out.
+"""
 
-setup()
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+LIBRARY = "libfused_adafactor.so"
+CPU = Path("csrc/cpu")
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Icsrc/include"),
+    # Contraction to fused multiply-adds is what the kernels are written for; errno and traps only
+    # keep the loops from being vectorised.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+
+
+def builds() -> dict[str, list[str]]:
+    """Instruction sets of kernels.cpp, by namespace, with the flags of each."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"portable": []}
+    fma = ["-mfma", "-mf16c"]
+    return {"portable": [], "avx2": ["-mavx2", *fma], "avx512": [*AVX512, *fma]}
+
+
+class BuildNative(build_ext):
+    """Compile csrc/cpu into one shared library beside the package."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        """Where the library goes; it is loaded by ctypes, so its name is not a module's."""
+        return str(Path(*ext_name.split(".")).parent / LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build it, or go on without it."""
+        wanted = os.environ.get("FUSED_ADAFACTOR_BUILD", "auto")
+        if wanted == "0":
+            return
+        try:
+            self.compile(Path(self.get_ext_fullpath(ext.name)).resolve())
+        except (OSError, subprocess.CalledProcessError) as error:
+            if wanted == "1":
+                raise
+            print(f"fused_adafactor: no native library ({error}); the reference backend remains")
+
+    def compile(self, library: Path) -> None:
+        """Run the compiler once for each instruction set, and link."""
+        compiler = os.environ.get("CXX", "c++")
+        objects = Path(self.build_temp)
+        for folder in (objects, library.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        x86 = ["-DFA_X86"] if len(builds()) > 1 else []
+        made = []
+        for name, flags in builds().items():
+            made.append(str(objects / f"kernels_{name}.o"))
+            source = ["-c", str(CPU / "kernels.cpp"), f"-DFA_ISA={name}", "-o", made[-1]]
+            subprocess.run([compiler, *FLAGS, *x86, *flags, *source], check=True)
+        made.append(str(objects / "step.o"))
+        source = ["-c", str(CPU / "step.cpp"), "-o", made[-1]]
+        subprocess.run([compiler, *FLAGS, *x86, *source], check=True)
+        # Moved into place whole: a process that has the old one loaded keeps it.
+        fresh = library.with_suffix(".new")
+        subprocess.run([compiler, "-shared", "-fopenmp", *made, "-o", str(fresh)], check=True)
+        fresh.replace(library)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel of any Python: of this platform with the library in it, of any without."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Decide by what was built."""
+        _, _, here = super().get_tag()
+        built = any(Path(self.bdist_dir).rglob(LIBRARY))
+        return "py3", "none", here if built else "any"
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fused_adafactor.library", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    )

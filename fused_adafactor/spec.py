@@ -77,6 +77,22 @@ class TensorSpec:
         return count
 
     @property
+    def state_strides(self) -> tuple[int, ...]:
+        """Strides of full-size state: the parameter's if those are dense, else row-major."""
+        dense, span = True, 1
+        for stride, size in sorted(zip(self.param_strides, self.shape, strict=True)):
+            if size > 1:
+                dense = dense and stride == span
+                span = stride * size
+        if dense and (self.view is None or self.view.permutation is not None):
+            return self.param_strides
+        strides, step = [], 1
+        for size in reversed(self.shape):
+            strides.append(step)
+            step *= size
+        return tuple(reversed(strides))
+
+    @property
     def keeps_compensation(self) -> bool:
         """Whether a Kahan compensation is kept: only low precision loses bits when written."""
         return self.structure.rounding is Rounding.KAHAN and self.param_dtype in (

@@ -112,18 +112,16 @@ def init_state(
             continue
         if name == "step":
             state[key] = counter(0.0, step_device)
-        elif name == "average":
-            state[key] = param.detach().to(entry.dtype, copy=True)
         elif name in ("row_var", "col_var"):
             assert spec.view is not None
             canonical = torch.zeros(
                 _canonical_shape(spec.view, name), dtype=entry.dtype, device=spec.device
             )
             state[key] = _from_canonical(canonical, spec.view, name, layout.keepdim)
-        elif entry.shape == spec.shape:
-            state[key] = torch.zeros_like(param, dtype=entry.dtype, requires_grad=False)
         else:
-            state[key] = torch.zeros(entry.shape, dtype=entry.dtype, device=spec.device)
+            state[key] = _empty(spec, entry).zero_()
+            if name == "average":
+                state[key].copy_(param)
 
 
 def check_state(
@@ -216,7 +214,18 @@ def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLa
         compact = _to_canonical(tensor, spec.view, name, layout.keepdim)
         compact = compact.to(spec.device, entry.dtype, copy=True).contiguous()
         return _from_canonical(compact, spec.view, name, layout.keepdim)
-    return tensor.detach().to(spec.device, entry.dtype, copy=True)
+    if tuple(tensor.shape) != entry.shape or not entry.shape:
+        return tensor.detach().to(spec.device, entry.dtype, copy=True)
+    return _empty(spec, entry).copy_(tensor.detach())
+
+
+def _empty(spec: TensorSpec, entry: Entry) -> Tensor:
+    """Memory for an entry; one of the parameter's shape is laid out as the spec says."""
+    if entry.shape == spec.shape:
+        return torch.empty_strided(
+            spec.shape, spec.state_strides, dtype=entry.dtype, device=spec.device
+        )
+    return torch.empty(entry.shape, dtype=entry.dtype, device=spec.device)
 
 
 def _canonical_shape(view: MatrixView, name: str) -> tuple[int, ...]:

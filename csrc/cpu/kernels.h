@@ -1,0 +1,33 @@
+// What one instruction set's build of kernels.cpp offers to step.cpp.
+
+#ifndef FUSED_ADAFACTOR_CPU_KERNELS_H
+#define FUSED_ADAFACTOR_CPU_KERNELS_H
+
+#include "fused_adafactor/abi.h"
+
+namespace fused_adafactor {
+
+// Memory of one thread: lines of a tensor in the math dtype, and chunks on their way through the formulas.
+struct ThreadBuffers {
+  void* lines;   // kBlockLines lines, or nothing where a line is too long to be kept
+  void* chunks;  // kChunkBuffers chunks
+};
+
+constexpr int64_t kChunk = 512;        // elements of a chunk: a few of them fit the first-level cache
+constexpr int64_t kChunkBuffers = 12;
+constexpr int64_t kBlockElements = 1 << 17;  // of such a block at most, unless one line is longer
+constexpr int64_t kBlockLines = 8;     // lines whose columns are added together: a column sum is loaded once for them
+
+struct Kernels {
+  void (*stats)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
+  void (*finalize)(Tensor&, const Rule&, void* scratch);
+  void (*update_rms)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
+  void (*measure)(Tensor&, const Rule&, void* scratch);  // RMS(u) from the sums of the third sweep
+  void (*apply)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
+  void (*accumulate)(Tensor&, const Rule&, int64_t slab, ThreadBuffers&);
+  void (*average)(Tensor&, const Rule&, int64_t slab, ThreadBuffers&);
+};
+
+}  // namespace fused_adafactor
+
+#endif  // FUSED_ADAFACTOR_CPU_KERNELS_H

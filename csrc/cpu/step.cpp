@@ -1,0 +1,145 @@
+// One parallel region for a whole step: items are taken in order from one ticket counter, and an item waits only for
+// items with lower tickets, which running threads hold already. So it cannot deadlock, with any number of threads.
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include <omp.h>
+
+#include "kernels.h"
+
+namespace fused_adafactor {
+
+namespace portable { extern const Kernels kernels; }
+#if defined(FA_X86)
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+namespace {
+
+const Kernels* const kBuilds[] = {
+    &portable::kernels,
+#if defined(FA_X86)
+    &avx2::kernels,
+    &avx512::kernels,
+#endif
+};
+
+int32_t best_isa() {
+#if defined(FA_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return 2;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+  return 0;
+}
+
+int32_t chosen_isa = best_isa();
+
+// How far a tensor has come.
+struct Progress {
+  std::atomic<int32_t> stats_left{0}, update_rms_left{0}, finalized{0}, measured{0};
+};
+
+inline void wait_for(const std::atomic<int32_t>& value, int32_t wanted) {
+  while (value.load(std::memory_order_acquire) != wanted) {
+#if defined(FA_X86)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+struct Memory {
+  std::vector<char> lines, chunks;
+};
+
+}  // namespace
+}  // namespace fused_adafactor
+
+using namespace fused_adafactor;
+
+extern "C" int32_t fused_adafactor_abi_version() { return kAbiVersion; }
+
+extern "C" int32_t fused_adafactor_isa() { return chosen_isa; }
+
+extern "C" int32_t fused_adafactor_set_isa(int32_t isa) {
+  const int32_t best = best_isa();
+  chosen_isa = isa < 0 || isa > best ? best : isa;
+  return chosen_isa;
+}
+
+extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor* tensors, int64_t tensor_count,
+                                       const Rule* rules, void* scratch, int32_t threads) {
+  const Kernels& kernels = *kBuilds[chosen_isa];
+  std::unique_ptr<Progress[]> progress(new Progress[tensor_count]);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Progress& p = progress[items[i].tensor];
+    const Tensor& t = tensors[items[i].tensor];
+    if (items[i].kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
+    if (items[i].kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
+    if (t.factored) {
+      const int64_t lines = t.cols >= kBlockElements ? 1 : kBlockLines;
+      longest = std::max(longest, 2 * lines * t.cols * (t.math_dtype == kFloat64 ? 8 : 4));
+    }
+  }
+  std::atomic<int64_t> ticket{0};
+#pragma omp parallel num_threads(threads)
+  {
+    // Kept from call to call: a step that repeats allocates nothing.
+    static thread_local Memory memory;
+    if (int64_t(memory.lines.size()) < longest) memory.lines.resize(longest);
+    if (memory.chunks.empty()) memory.chunks.resize(kChunkBuffers * kChunk * sizeof(double));
+    ThreadBuffers buffers{memory.lines.data(), memory.chunks.data()};
+    for (int64_t i = ticket.fetch_add(1); i < count; i = ticket.fetch_add(1)) {
+      const Item& item = items[i];
+      Tensor& t = tensors[item.tensor];
+      const Rule& r = rules[t.rule];
+      Progress& p = progress[item.tensor];
+      switch (item.kind) {
+        case kWhole:
+          for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.stats(t, r, slab, scratch, buffers);
+          kernels.finalize(t, r, scratch);
+          for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.update_rms(t, r, slab, scratch, buffers);
+          kernels.measure(t, r, scratch);
+          for (int64_t slab = t.slabs - 1; slab >= 0; --slab) kernels.apply(t, r, slab, scratch, buffers);
+          break;
+        case kStats:
+          kernels.stats(t, r, item.slab, scratch, buffers);
+          p.stats_left.fetch_sub(1, std::memory_order_acq_rel);
+          break;
+        case kFinalize:
+          wait_for(p.stats_left, 0);
+          kernels.finalize(t, r, scratch);
+          p.finalized.store(1, std::memory_order_release);
+          break;
+        case kUpdateRms:
+          wait_for(p.finalized, 1);
+          kernels.update_rms(t, r, item.slab, scratch, buffers);
+          p.update_rms_left.fetch_sub(1, std::memory_order_acq_rel);
+          break;
+        case kMeasure:
+          wait_for(p.finalized, 1);
+          wait_for(p.update_rms_left, 0);
+          kernels.measure(t, r, scratch);
+          p.measured.store(1, std::memory_order_release);
+          break;
+        case kApply:
+          wait_for(p.measured, 1);
+          kernels.apply(t, r, item.slab, scratch, buffers);
+          break;
+        case kAccumulate:
+          kernels.accumulate(t, r, item.slab, buffers);
+          break;
+        default:
+          kernels.average(t, r, item.slab, buffers);
+      }
+    }
+  }
+  return 0;
+}

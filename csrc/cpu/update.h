@@ -1,0 +1,160 @@
+// The gradient and the update of one chunk: what every sweep computes. Part of kernels.cpp.
+
+#ifndef FUSED_ADAFACTOR_CPU_UPDATE_H
+#define FUSED_ADAFACTOR_CPU_UPDATE_H
+
+#include "sums.h"
+
+namespace fused_adafactor {
+namespace FA_ISA {
+namespace {
+
+template <class M>
+struct Chunk {
+  M* buffer[kChunkBuffers];
+  explicit Chunk(const ThreadBuffers& buffers) {
+    for (int64_t i = 0; i < kChunkBuffers; ++i) buffer[i] = static_cast<M*>(buffers.chunks) + i * kChunk;
+  }
+};
+
+// Lines whose sums across are added together; fewer where so many would not stay in a core's cache.
+inline int64_t block_lines(const Tensor& t) {
+  return most(1, least(kBlockLines, kBlockElements / most(1, t.cols)));
+}
+
+template <class M>
+bool grad_is_raw(const Tensor& t, const Rule& r) {
+  return t.grad_scale == 1.0 && t.grad_factor == 1.0 && t.accumulator == nullptr && r.clip_value < 0;
+}
+
+template <class M>
+M sum_of_squares(const M* x, int64_t n) {
+  constexpr int kLanes = 64 / sizeof(M);
+  M lane[4 * kLanes] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4 * kLanes; ++j) lane[j] += x[i + j] * x[i + j];
+  }
+  for (int j = 0; i < n; ++i, ++j) lane[j] += x[i] * x[i];
+  for (int width = 2 * kLanes; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  }
+  return lane[0];
+}
+
+// g: unscaled, averaged over accumulated steps, clipped; `buffer` is used unless the raw gradient will do.
+template <class M>
+const M* read_grad(const Tensor& t, const Rule& r, int64_t k, int64_t n, M* buffer, M* spare,
+                   double* unclipped_sq = nullptr) {
+  const M* raw = read(t, t.strides, t.grad, t.grad_dtype, k, n, buffer);
+  if (grad_is_raw<M>(t, r)) return raw;
+  const M scale = M(t.grad_scale);
+  for (int64_t i = 0; i < n; ++i) buffer[i] = raw[i] * scale;
+  if (t.accumulator != nullptr) {
+    const M* sum = read(t, t.state_strides, t.accumulator, t.math_dtype, k, n, spare);
+    const M steps = M(r.accumulation_steps);
+    for (int64_t i = 0; i < n; ++i) buffer[i] = (buffer[i] + sum[i]) / steps;
+  }
+  if (r.clip_value >= 0) {
+    if (unclipped_sq != nullptr) *unclipped_sq += double(sum_of_squares(buffer, n));
+    const M limit = M(r.clip_value);
+    for (int64_t i = 0; i < n; ++i) {
+      // Written so that NaN passes.
+      buffer[i] = buffer[i] > limit ? limit : buffer[i] < -limit ? -limit : buffer[i];
+    }
+  }
+  if (t.grad_factor != 1.0) {
+    const M factor = M(t.grad_factor);
+    for (int64_t i = 0; i < n; ++i) buffer[i] *= factor;
+  }
+  return buffer;
+}
+
+// beta1 m + (1 - beta1) x, rounded to the dtype of m, into `out`.
+template <class M>
+void new_exp_avg(const Tensor& t, const Rule& r, const M* value, M scale, int64_t k, int64_t n, M* out, M* spare) {
+  const M* old = read(t, t.state_strides, t.exp_avg, t.exp_avg_dtype, k, n, spare);
+  const M beta1 = M(r.beta1), rest = M(1) - M(r.beta1);
+  for (int64_t i = 0; i < n; ++i) out[i] = beta1 * old[i] + rest * (value[i] * scale);
+  if (t.exp_avg_dtype != DtypeOf<M>::value) {
+    for (int64_t i = 0; i < n; ++i) out[i] = stored(out[i], t.exp_avg_dtype);
+  }
+}
+
+// num: g, or its average where momentum is on the gradient; `exp_avg` then holds the new average.
+template <class M>
+const M* numerator(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M* num, M* exp_avg, M* spare) {
+  if (r.momentum != kMomentumGrad) return grad;
+  new_exp_avg(t, r, grad, M(1), k, n, exp_avg, spare);
+  const M scale = M(r.numerator_scale);
+  for (int64_t i = 0; i < n; ++i) num[i] = exp_avg[i] * scale;
+  return num;
+}
+
+// 1 / sqrt(v), at most 1 / eps1 under the clamp. Unfactored: `var` then holds the new second moment.
+template <class M>
+void inverse_root(const Tensor& t, const Rule& r, const Sums<M>& s, const M* grad, int64_t line, int64_t column,
+                  int64_t n, M* out, M* var, M* spare) {
+  if (is_factored(t)) {
+    const M of_line = line_factor(t, s, line);
+    const M* factor = s.factor + line / t.rows * t.cols + column;
+    for (int64_t i = 0; i < n; ++i) out[i] = of_line * factor[i];
+  } else {
+    const int64_t k = line * t.cols + column;
+    const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
+    const M beta2 = M(r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
+    for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2);
+    if (t.moment_dtype != DtypeOf<M>::value) {
+      for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
+    }
+    for (int64_t i = 0; i < n; ++i) out[i] = M(1) / std::sqrt(var[i]);
+  }
+  if (r.eps1_rule == kEps1Clamp) {
+    const M most = M(1) / M(r.eps1);
+    for (int64_t i = 0; i < n; ++i) out[i] = out[i] > most ? most : out[i];
+  }
+}
+
+// What a chunk of the update leaves behind for apply to store.
+template <class M>
+struct Update {
+  const M* grad;
+  const M* value;   // u before clipping
+  M* exp_avg;       // new average of the gradient, if momentum is there
+  M* var;           // new second moment, if unfactored
+  M* var_max;       // new maximum, if AMSGrad
+};
+
+template <class M>
+Update<M> update_of(const Tensor& t, const Rule& r, const Sums<M>& s, int64_t line, int64_t column, int64_t n,
+                    Chunk<M>& c) {
+  const int64_t k = line * t.cols + column;
+  Update<M> u{};
+  u.grad = read_grad(t, r, k, n, c.buffer[0], c.buffer[1]);
+  u.exp_avg = c.buffer[2];
+  u.var = c.buffer[3];
+  u.var_max = c.buffer[4];
+  const M* num = numerator(t, r, u.grad, k, n, c.buffer[1], u.exp_avg, c.buffer[5]);
+  M* root = c.buffer[6];
+  inverse_root(t, r, s, u.grad, line, column, n, root, u.var, c.buffer[5]);
+  M* value = c.buffer[7];
+  if (r.amsgrad) {
+    const M* old = read(t, t.state_strides, t.var_max, t.moment_dtype, k, n, c.buffer[5]);
+    const M scale = M(r.amsgrad_scale), eps1 = M(r.eps1);
+    for (int64_t i = 0; i < n; ++i) {
+      const M v = M(1) / (root[i] * root[i]);
+      u.var_max[i] = stored(old[i] > v ? old[i] : v, t.moment_dtype);
+      value[i] = num[i] / (std::sqrt(u.var_max[i] * scale) + eps1);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) value[i] = num[i] * root[i];
+  }
+  u.value = value;
+  return u;
+}
+
+}  // namespace
+}  // namespace FA_ISA
+}  // namespace fused_adafactor
+
+#endif  // FUSED_ADAFACTOR_CPU_UPDATE_H

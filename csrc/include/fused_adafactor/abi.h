@@ -1,0 +1,110 @@
+// The records that Python hands to the native library, and its entry points: a plain C ABI.
+//
+// Names are those of the glossary. Every record is filled by fused_adafactor/backends/cpp.py, field by field and in
+// this order; kAbiVersion changes with any of them.
+
+#ifndef FUSED_ADAFACTOR_ABI_H
+#define FUSED_ADAFACTOR_ABI_H
+
+#include <stdint.h>
+
+namespace fused_adafactor {
+
+constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kMaxDims = 8;
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Eps1Rule : int32_t { kEps1Add = 0, kEps1Clamp = 1 };
+enum MomentumSite : int32_t { kNoMomentum = 0, kMomentumGrad = 1, kMomentumUpdate = 2, kMomentumStep = 3 };
+enum DecayFactor : int32_t { kNoDecay = 0, kDecayAlpha = 1, kDecayLr = 2, kDecayOne = 3 };
+enum Rounding : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2 };
+
+// What an item does. A tensor that fits a core's cache is one kWhole item; others are cut in slabs of lines.
+enum ItemKind : int32_t {
+  kWhole = 0,
+  kStats = 1,
+  kFinalize = 2,
+  kUpdateRms = 3,
+  kMeasure = 4,
+  kApply = 5,
+  kAccumulate = 6,
+  kAverage = 7,
+};
+
+// The numbers and switches of one rule at one step.
+struct Rule {
+  double beta2, beta1;
+  double numerator_scale, amsgrad_scale;
+  double eps1, eps2;        // eps2 < 0: no parameter scale
+  double clip_threshold;    // < 0: no clipping
+  double rho, lr;
+  double decay_coefficient;
+  double clip_value;        // < 0: gradients are not clipped by value
+  double average_momentum;  // EMA of the weights, at this step
+  double accumulation_steps;
+  uint64_t seed;
+  int64_t step;
+  int32_t eps1_rule, momentum, decay_factor, decay_before_rms;
+  int32_t amsgrad, sums, rounding, overwrite_with_average;
+  int32_t norm_clipped;     // gradients are clipped by a norm that is known after the statistics
+  int32_t pad;
+};
+
+// One tensor: its geometry in the order of its matrix view, its memory, and where its sums go.
+//
+// Elements are numbered k = 0 .. numel-1, row-major over `sizes`, which are the dimensions of the view [..., n, m] (or
+// of the parameter, where the view is a reshape of it), merged where that changes nothing. Line number l, of `cols`
+// elements, starts at k = l * cols.
+struct Tensor {
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxDims];        // of the parameter and its gradient, in elements
+  int64_t state_strides[kMaxDims];  // of everything full-size in the state
+  int64_t logical[kMaxDims];        // of the row-major index in the parameter, the key of stochastic rounding
+  int64_t numel, batch, rows, cols;
+  int32_t ndim, factored;
+  int32_t swapped;            // lines are the columns of the view: line_var is col_var, cross_var is row_var
+  int32_t skip;               // nothing may be written
+  int32_t param_dtype, grad_dtype, moment_dtype, exp_avg_dtype;
+  int32_t math_dtype;         // kFloat32 or kFloat64
+  int32_t param_index;
+  double grad_scale;          // the raw gradient is multiplied by it when it is read
+  double grad_factor;         // clipping by a norm, known after the statistics; 1 if there is none
+  void* param;
+  const void* grad;
+  void* line_var;             // [batch, rows]
+  void* cross_var;            // [batch, cols]
+  void* var;
+  void* var_max;
+  void* exp_avg;
+  void* compensation;
+  void* average;
+  void* accumulator;          // math dtype
+  int64_t rule;               // index into the rules
+  int64_t slabs, lines_per_slab;
+  int64_t scratch;            // offset of its sums in the scratch, in bytes
+  int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
+  // Results, written by the library.
+  double grad_sq, param_rms, alpha, update_rms;
+  double update_sq;           // what is known of Σ u² before the third sweep
+};
+
+struct Item {
+  int32_t kind, tensor, slab, pad;
+};
+
+}  // namespace fused_adafactor
+
+extern "C" {
+#pragma GCC visibility push(default)
+int32_t fused_adafactor_abi_version();
+// Instruction set in use: 0 portable, 1 AVX2 and FMA, 2 AVX-512, 3 AVX-512 with BF16.
+int32_t fused_adafactor_isa();
+// Choose an instruction set; returns the one then in use, the best of the machine for -1.
+int32_t fused_adafactor_set_isa(int32_t isa);
+// Run items in ticket order on `threads` threads of the process' OpenMP pool. Returns 0.
+int32_t fused_adafactor_run(const fused_adafactor::Item* items, int64_t count, fused_adafactor::Tensor* tensors,
+                            int64_t tensor_count, const fused_adafactor::Rule* rules, void* scratch, int32_t threads);
+#pragma GCC visibility pop
+}
+
+#endif  // FUSED_ADAFACTOR_ABI_H

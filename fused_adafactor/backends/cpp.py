@@ -1,0 +1,352 @@
+"""The C++ backend for CPU tensors: a whole call as one parallel region in a native library.
+
+The library has a plain C interface (csrc/include/fused_adafactor/abi.h), is loaded on first use and
+takes its threads from the OpenMP pool that torch has started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.binding import Binding
+from fused_adafactor.plan import Activity, Launch, Phase
+from fused_adafactor.rounding import Rounding
+from fused_adafactor.rule import (
+    DecayFactor,
+    Eps1Rule,
+    GradClipKind,
+    MomentumSite,
+    Rule,
+    Scalars,
+)
+from fused_adafactor.slabs import Geometry, ItemKind, geometry_of, items_of
+from fused_adafactor.spec import TensorSpec
+
+ABI_VERSION = 1
+ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
+ISAS = ("portable", "avx2", "avx512")
+_LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
+_MAX_DIMS = 8
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_EPS1_RULES = {Eps1Rule.ADD: 0, Eps1Rule.CLAMP: 1}
+_SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
+_DECAYS = {DecayFactor.ALPHA: 1, DecayFactor.LR: 2, DecayFactor.ONE: 3}
+_ROUNDINGS = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.KAHAN: 2}
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("beta2", "beta1")),
+        *((name, ctypes.c_double) for name in ("numerator_scale", "amsgrad_scale")),
+        *((name, ctypes.c_double) for name in ("eps1", "eps2", "clip_threshold", "rho", "lr")),
+        *((name, ctypes.c_double) for name in ("decay_coefficient", "clip_value")),
+        *((name, ctypes.c_double) for name in ("average_momentum", "accumulation_steps")),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("eps1_rule", "momentum", "decay_factor")),
+        *((name, ctypes.c_int32) for name in ("decay_before_rms", "amsgrad", "sums", "rounding")),
+        *((name, ctypes.c_int32) for name in ("overwrite_with_average", "norm_clipped", "pad")),
+    ]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64 * _MAX_DIMS) for name in ("sizes", "strides", "state_strides")),
+        ("logical", ctypes.c_int64 * _MAX_DIMS),
+        *((name, ctypes.c_int64) for name in ("numel", "batch", "rows", "cols")),
+        *((name, ctypes.c_int32) for name in ("ndim", "factored", "swapped", "skip")),
+        *((name, ctypes.c_int32) for name in ("param_dtype", "grad_dtype", "moment_dtype")),
+        *((name, ctypes.c_int32) for name in ("exp_avg_dtype", "math_dtype", "param_index")),
+        *((name, ctypes.c_double) for name in ("grad_scale", "grad_factor")),
+        *((name, ctypes.c_void_p) for name in ("param", "grad", "line_var", "cross_var", "var")),
+        *((name, ctypes.c_void_p) for name in ("var_max", "exp_avg", "compensation", "average")),
+        ("accumulator", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
+        ("scratch", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
+        *((name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")),
+        ("update_sq", ctypes.c_double),
+    ]
+
+
+class _Item(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "tensor", "slab", "pad")]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Load the native library, once.
+
+    Raises:
+        OSError: It is not there or cannot be loaded.
+        RuntimeError: It was built for another version of this package.
+        ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
+    """
+    native = ctypes.CDLL(str(_LIBRARY))
+    found = native.fused_adafactor_abi_version()
+    if found != ABI_VERSION:
+        raise RuntimeError(
+            f"{_LIBRARY.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
+        )
+    native.fused_adafactor_run.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+    ]
+    wanted = os.environ.get(ISA_ENVIRONMENT)
+    if wanted is not None:
+        number = ISAS.index(wanted) if wanted in ISAS else None
+        if number is None or native.fused_adafactor_set_isa(number) != number:
+            raise ValueError(
+                f"{ISA_ENVIRONMENT} must be one of {', '.join(ISAS)} that this machine has, "
+                f"got {wanted!r}"
+            )
+    return native
+
+
+def missing() -> str | None:
+    """Why this backend cannot run, or None."""
+    if not _LIBRARY.exists():
+        return "the native library was not built (no C++ compiler when the package was installed)"
+    try:
+        library()
+    except (OSError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def run(phases: Sequence[Phase], bindings: Sequence[Binding]) -> None:
+    """Run phases, in order, on tensors whose activity is an update."""
+    call = [b for b in bindings if b.planned.launch is not Launch.EMPTY]
+    if call:
+        if Phase.STATS in phases:
+            batch = _Batch(call)
+            for b in call:
+                b.scratch = batch
+        batch = call[0].scratch
+        batch.execute(items_of(batch.geometries, phases))
+        batch.report(phases)
+
+
+def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
+    """Run an activity that has no update."""
+    call = [b for b in bindings if b.planned.launch is not Launch.EMPTY]
+    if not call:
+        return
+    if activity is Activity.DROP:
+        for b in call:
+            if b.accumulator is not None:
+                b.accumulator.zero_()
+    kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
+    batch = _Batch(call)
+    batch.execute(
+        (kind, number, slab)
+        for number, geometry in enumerate(batch.geometries)
+        for slab in range(geometry.slabs)
+    )
+
+
+class _Batch:
+    """Tensors in the library's records, with the memory for their sums."""
+
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self.bindings = bindings
+        self.geometries = [_geometry(b) for b in bindings]
+        self.tensors = (_Tensor * len(bindings))()
+        self.kept: list[Tensor] = []  # copies of gradients, alive until the call is over
+        rules: dict[tuple[int, int, int, float], int] = {}
+        records: list[_Rule] = []
+        scratch = 0
+        for number, (b, geometry) in enumerate(zip(bindings, self.geometries, strict=True)):
+            record = self.tensors[number]
+            _fill_geometry(record, b, geometry)
+            self._fill_memory(record, b, geometry)
+            spec = b.planned.spec
+            eps1 = b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
+            key = (id(b.rule), id(b.scalars), _seed(b), eps1)
+            if key not in rules:
+                rules[key] = len(records)
+                records.append(_rule_record(b, eps1))
+            record.rule = rules[key]
+            record.scratch = scratch
+            scratch += _scratch_bytes(geometry, b)
+        self.rules = (_Rule * len(records))(*records)
+        self.scratch = torch.empty(scratch, dtype=torch.uint8)
+
+    def _fill_memory(self, record: _Tensor, b: Binding, geometry: Geometry) -> None:
+        """Pointers. A gradient that is not laid out like its parameter is copied; nothing else."""
+        record.param = b.param.data_ptr()
+        if b.grad is not None:
+            grad = b.grad
+            if _strides(grad) != _strides(b.param):
+                grad = torch.empty_strided(b.param.shape, b.param.stride(), dtype=grad.dtype).copy_(
+                    grad
+                )
+                self.kept.append(grad)
+            record.grad = grad.data_ptr()
+        spec, rule = b.planned.spec, b.rule
+        moment = rule.moment_dtype(spec.param_dtype)
+        line, cross = (b.col_var, b.row_var) if geometry.swapped else (b.row_var, b.col_var)
+        for name, tensor, dtype in (
+            ("line_var", line, moment),
+            ("cross_var", cross, moment),
+            ("var", b.var, moment),
+            ("var_max", b.var_max, moment),
+            ("exp_avg", b.exp_avg, rule.momentum_dtype(spec.param_dtype)),
+            ("compensation", b.compensation, spec.param_dtype),
+            ("average", b.average, spec.math_dtype),
+            ("accumulator", b.accumulator, spec.math_dtype),
+        ):
+            if tensor is not None:
+                _check_memory(spec, name, tensor, dtype)
+                setattr(record, name, tensor.data_ptr())
+
+    def execute(self, items: Any) -> None:
+        """Hand items to the library."""
+        for record, b in zip(self.tensors, self.bindings, strict=True):
+            record.skip = b.skip is not None and bool(b.skip)
+            record.grad_factor = 1.0 if b.grad_factor is None else float(b.grad_factor)
+        flat = [number for kind, tensor, slab in items for number in (kind, tensor, slab, 0)]
+        array = (ctypes.c_int32 * len(flat))(*flat)
+        library().fused_adafactor_run(
+            array,
+            len(flat) // 4,
+            self.tensors,
+            len(self.tensors),
+            self.rules,
+            self.scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+        for b in self.bindings:
+            # autograd must see that a value which it may have saved is gone.
+            torch.autograd.graph.increment_version(b.param)
+
+    def report(self, phases: Sequence[Phase]) -> None:
+        """Copy what the engine reads back into the bindings."""
+        for record, b in zip(self.tensors, self.bindings, strict=True):
+            dtype = b.planned.spec.math_dtype
+            if Phase.APPLY not in phases:
+                sums = self.scratch[record.scratch :][: 24 * record.slabs].view(torch.float64)
+                b.grad_sq = sums.view(-1, 3)[:, 0].sum().to(dtype)
+            else:
+                b.alpha = record.alpha
+                if b.rule.measures_param_rms:
+                    b.param_rms = torch.tensor(record.param_rms, dtype=dtype)
+                if record.measures:
+                    b.update_rms = torch.tensor(record.update_rms, dtype=dtype)
+
+
+def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """A pointer is trusted blindly, so what it points to must be laid out as the records say."""
+    full = tensor.shape == spec.shape and name not in ("line_var", "cross_var")
+    wanted = spec.state_strides if full else torch.empty(tensor.shape, device="meta").stride()
+    strides = tuple(s for s, n in zip(wanted, tensor.shape, strict=True) if n > 1)
+    if tensor.dtype != dtype or _strides(tensor) != strides:
+        raise ValueError(
+            f"state {name} of {spec.id} has dtype {tensor.dtype} and strides {tensor.stride()}; "
+            f"expected {dtype} and {wanted}. load_state_dict lays state out as it must be"
+        )
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides where they matter."""
+    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry_of(spec: TensorSpec) -> Geometry:
+    return geometry_of(spec)
+
+
+def _geometry(b: Binding) -> Geometry:
+    return _geometry_of(b.planned.spec)
+
+
+def _seed(b: Binding) -> int:
+    return 0 if b.rounding_key is None else b.rounding_key.seed
+
+
+def _scratch_bytes(geometry: Geometry, b: Binding) -> int:
+    """Bytes of ``Sums`` in kernels.cpp, rounded up to a cache line."""
+    if b.planned.spec.view is None:
+        return -(-24 * geometry.slabs // 64) * 64
+    lines, cols = geometry.batch * geometry.rows, geometry.batch * geometry.cols
+    partial = 2 * geometry.slabs * geometry.cols if geometry.lines_per_slab < geometry.rows else 0
+    size = 8 if b.planned.spec.math_dtype is torch.float64 else 4
+    total = 24 * geometry.slabs + size * (lines + 2 * cols + 2 * geometry.batch + partial)
+    return -(-total // 64) * 64
+
+
+def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
+    spec = b.planned.spec
+    for name in ("sizes", "strides", "state_strides", "logical"):
+        getattr(record, name)[: len(geometry.sizes)] = getattr(geometry, name)
+    record.numel = spec.numel
+    record.batch, record.rows, record.cols = geometry.batch, geometry.rows, geometry.cols
+    record.ndim = len(geometry.sizes)
+    record.factored = spec.view is not None
+    record.swapped = geometry.swapped
+    record.param_dtype = _DTYPES[spec.param_dtype]
+    record.grad_dtype = _DTYPES[spec.grad_dtype]
+    record.math_dtype = _DTYPES[spec.math_dtype]
+    record.moment_dtype = _DTYPES[b.rule.moment_dtype(spec.param_dtype)]
+    record.exp_avg_dtype = _DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
+    record.param_index = spec.id.index
+    record.grad_scale = float(b.grad_scale)
+    record.slabs, record.lines_per_slab = geometry.slabs, geometry.lines_per_slab
+    record.measures = b.rule.clip_threshold is not None
+    record.measures_param_rms = b.rule.measures_param_rms
+
+
+def _rule_record(b: Binding, eps1: float) -> _Rule:
+    rule, scalars = b.rule, b.scalars
+    record = _Rule()
+    _fill_numbers(record, rule, scalars, eps1)
+    clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay
+    record.clip_value = -1.0
+    if clip is not None:
+        if clip.kind is GradClipKind.VALUE:
+            record.clip_value = clip.threshold
+        else:
+            record.norm_clipped = 1
+    if average is not None:
+        t = float(scalars.t)
+        record.average_momentum = average.momentum * (t != 1)
+        every = average.overwrite_every
+        record.overwrite_with_average = every is not None and t % every == 0
+    if decay is not None:
+        record.decay_coefficient = decay.coefficient
+        record.decay_factor = _DECAYS[decay.factor]
+        record.decay_before_rms = decay.before_rms
+    if b.rounding_key is not None:
+        record.seed = b.rounding_key.seed
+        record.step = int(b.rounding_key.step)
+    return record
+
+
+def _fill_numbers(record: _Rule, rule: Rule, scalars: Scalars, eps1: float) -> None:
+    record.beta2, record.beta1 = float(scalars.beta2), float(scalars.beta1)
+    record.numerator_scale = float(scalars.numerator_scale)
+    record.amsgrad_scale = float(scalars.amsgrad_scale)
+    record.eps1 = eps1
+    record.eps2 = -1.0 if rule.eps2 is None else rule.eps2
+    record.clip_threshold = -1.0 if rule.clip_threshold is None else float(rule.clip_threshold)
+    record.rho = float(scalars.rho)
+    record.lr = 0.0 if scalars.lr is None else float(scalars.lr)
+    record.accumulation_steps = float(rule.accumulation_steps)
+    record.eps1_rule = _EPS1_RULES[rule.eps1_rule]
+    record.momentum = 0 if rule.momentum is None else _SITES[rule.momentum.site]
+    record.amsgrad, record.sums = rule.amsgrad, rule.sums
+    record.rounding = _ROUNDINGS[rule.rounding]
