@@ -60,17 +60,26 @@ class BuildNative(build_ext):
         for folder in (objects, library.parent):
             folder.mkdir(parents=True, exist_ok=True)
         x86 = ["-DFA_X86"] if len(builds()) > 1 else []
-        made = []
-        for name, flags in builds().items():
-            made.append(str(objects / f"kernels_{name}.o"))
-            source = ["-c", str(CPU / "kernels.cpp"), f"-DFA_ISA={name}", "-o", made[-1]]
-            subprocess.run([compiler, *FLAGS, *x86, *flags, *source], check=True)
-        made.append(str(objects / "step.o"))
-        source = ["-c", str(CPU / "step.cpp"), "-o", made[-1]]
-        subprocess.run([compiler, *FLAGS, *x86, *source], check=True)
+        sources = {
+            str(objects / f"kernels_{name}.o"): [
+                str(CPU / "kernels.cpp"),
+                f"-DFA_ISA={name}",
+                *flags,
+            ]
+            for name, flags in builds().items()
+        }
+        sources[str(objects / "step.o")] = [str(CPU / "step.cpp")]
+        commands = [
+            [compiler, *FLAGS, *x86, "-c", *source, "-o", made] for made, source in sources.items()
+        ]
+        # Side by side: they are most of the time that an installation takes.
+        running = [subprocess.Popen(command) for command in commands]
+        for process, command in zip(running, commands, strict=True):
+            if process.wait() != 0:
+                raise subprocess.CalledProcessError(process.returncode, command)
         # Moved into place whole: a process that has the old one loaded keeps it.
         fresh = library.with_suffix(".new")
-        subprocess.run([compiler, "-shared", "-fopenmp", *made, "-o", str(fresh)], check=True)
+        subprocess.run([compiler, "-shared", "-fopenmp", *sources, "-o", str(fresh)], check=True)
         fresh.replace(library)
 
 
