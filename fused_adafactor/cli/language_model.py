@@ -38,7 +38,7 @@ class DemoConfig:
         sample_bytes: Bytes to generate at the end.
     """
 
-    steps: int = 300
+    steps: int = 200
     seed: int = 0
     device: str = "cpu"
     lr: float = 2e-2
