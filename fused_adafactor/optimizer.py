@@ -49,6 +49,8 @@ class AdafactorBase(CheckpointedOptimizer):
     """
 
     lr_advice: ClassVar[str] = "Give lr as a number"
+    # Keys that a param group may be given, by the key that it is kept under.
+    aliases: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
         """Check the extras and build the param groups."""
@@ -64,8 +66,8 @@ class AdafactorBase(CheckpointedOptimizer):
         super().__init__(params, {**EXTRA_DEFAULTS, **given, **defaults})
 
     def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
-        """The group's lr of this step, as given."""
-        return cast("float | Tensor | None", group["lr"])
+        """The group's lr of this step; None where it is a function, which the rule then holds."""
+        return None if callable(group["lr"]) else cast("float | Tensor | None", group["lr"])
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -76,6 +78,12 @@ class AdafactorBase(CheckpointedOptimizer):
             ValueError: A hyperparameter of the group is out of range.
         """
         if isinstance(param_group, dict):
+            for alias, key in self.aliases.items():
+                if alias in param_group:
+                    if key in param_group:
+                        raise ValueError(f"a param group has both {key} and {alias}")
+                    param_group = {**param_group, key: param_group[alias]}
+                    del param_group[alias]
             merged = {**self.defaults, **param_group}
             check_extras(merged)
             if self._rule(merged).step_count is StepCount.GLOBAL:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -85,6 +85,8 @@ class AdaFactor(AdafactorBase):
         var_max="exp_avg_sq_hat",
     )
 
+    aliases: ClassVar[Mapping[str, str]] = {"clipping_threshold": "cliping_threshold"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -128,19 +130,6 @@ class AdaFactor(AdafactorBase):
         }
         _check(defaults)
         super().__init__(params, defaults, extras)
-
-    @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and "clipping_threshold" in param_group:
-            if "cliping_threshold" in param_group:
-                raise ValueError("a param group has both cliping_threshold and clipping_threshold")
-            param_group = dict(param_group)
-            param_group["cliping_threshold"] = param_group.pop("clipping_threshold")
-        super().add_param_group(param_group)
-
-    @override
-    def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
-        return None if callable(group["lr"]) else super()._group_lr(group)
 
     @override
     def _rule(self, group: Mapping[str, Any]) -> Rule:

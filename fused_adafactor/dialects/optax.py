@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,8 @@ class Adafactor(AdafactorBase):
 
     layout = StateLayout(row_var="v_row", col_var="v_col", var="v", exp_avg="ema", keepdim=False)
 
+    aliases: ClassVar[Mapping[str, str]] = {"learning_rate": "lr"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -127,19 +129,6 @@ class Adafactor(AdafactorBase):
         }
         _check(defaults)
         super().__init__(params, defaults, extras)
-
-    @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and "learning_rate" in param_group:
-            if "lr" in param_group:
-                raise ValueError("a param group has both lr and learning_rate")
-            param_group = dict(param_group)
-            param_group["lr"] = param_group.pop("learning_rate")
-        super().add_param_group(param_group)
-
-    @override
-    def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
-        return None if callable(group["lr"]) else super()._group_lr(group)
 
     @override
     def _rule(self, group: Mapping[str, Any]) -> Rule:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -90,6 +90,8 @@ class Adafactor(VariablesOfKeras):
 
     lr_advice = "Give learning_rate as a number, or let the schedule do all of it"
 
+    aliases: ClassVar[Mapping[str, str]] = {"learning_rate": "lr"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -136,15 +138,6 @@ class Adafactor(VariablesOfKeras):
         }
         check({**defaults, "max_grad_norm": extras.get("max_grad_norm")})
         super().__init__(params, defaults, extras)
-
-    @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and "learning_rate" in param_group:
-            if "lr" in param_group:
-                raise ValueError("a param group has both lr and learning_rate")
-            param_group = dict(param_group)
-            param_group["lr"] = param_group.pop("learning_rate")
-        super().add_param_group(param_group)
 
     @override
     def _rule(self, group: Mapping[str, Any]) -> Rule:
