@@ -62,7 +62,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
             for place, param in enumerate(group["params"]):
                 if id(param) not in seen:
                     seen.add(id(param))
-                    yield group, param, TensorId(index, number, names[place] if names else None)
+                    named = names[place] if names and place < len(names) else None
+                    yield group, param, TensorId(index, number, named)
                 index += 1
 
     @override

@@ -331,3 +331,14 @@ def test_fixed_points_of_the_table(dialect):
     assert ("step" in optimizer.param_groups[0]) is dialect.counts_globally
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert (type(optimizer) is Adafactor) is (dialect is TORCH)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+def test_a_parameter_appended_without_a_name_goes_by_its_number(dialect):
+    named = [("a", torch.nn.Parameter(torch.ones(3)))]
+    optimizer = dialect(named)
+    late = torch.nn.Parameter(torch.ones(2))
+    optimizer.param_groups[0]["params"].append(late)
+    late.grad = torch.ones(2).to_sparse()
+    with pytest.raises(RuntimeError, match="of parameter #1 in group 0"):
+        optimizer.step()
