@@ -333,7 +333,6 @@ def test_fixed_points_of_the_table(dialect):
     assert (type(optimizer) is Adafactor) is (dialect is TORCH)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
 def test_a_parameter_appended_without_a_name_goes_by_its_number(dialect):
     named = [("a", torch.nn.Parameter(torch.ones(3)))]
     optimizer = dialect(named)
