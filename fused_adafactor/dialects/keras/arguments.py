@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fused_adafactor.arguments import require_given, require_numbers
+from fused_adafactor.arguments import is_negative, require_given, require_numbers
 from fused_adafactor.rule import GradClip, GradClipKind
 
 LearningRate: TypeAlias = float | Tensor | Callable[..., Any]
@@ -76,7 +76,7 @@ def check(group: Mapping[str, Any]) -> None:
         takes_iteration(lr)
     elif isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    elif not _is_positive_or_zero(lr):
+    elif is_negative(lr):
         raise ValueError(f"learning_rate should be >= 0 but is: {lr}")
     _check_ranges(group)
     _check_clips(clips, group["max_grad_norm"])
@@ -201,13 +201,6 @@ def value_of(lr: Callable[..., Any], iteration: int | None) -> float | Tensor:
     return _returned(lr(iteration), iteration)
 
 
-def _is_positive_or_zero(number: float | Tensor) -> bool:
-    """Whether a learning rate is one; NaN is none. A tensor on a device is not waited for."""
-    if isinstance(number, Tensor) and number.device.type != "cpu":
-        return True
-    return bool(number >= 0.0)
-
-
 def _returned(value: Any, iteration: int | None) -> float | Tensor:
     """What a function returned, as a number, checked as a given number would be."""
     what = f"learning_rate returned {value!r}"
@@ -229,7 +222,7 @@ def _returned(value: Any, iteration: int | None) -> float | Tensor:
             number = float(plain)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{what}; expected a number") from error
-    if not _is_positive_or_zero(number):
+    if is_negative(number):
         raise ValueError(f"{what}; expected a number >= 0")
     return number
 
