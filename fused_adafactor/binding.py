@@ -18,8 +18,7 @@ class Binding:
     """What a backend gets of one tensor.
 
     Shapes: [..., n, m] is the matrix view of the spec; "full" is the shape of the parameter. A
-        state entry that the
-    rule does not have is None.
+    state entry that the rule does not have is None.
 
     Attributes:
         planned: The tensor in the plan.

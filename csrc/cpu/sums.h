@@ -33,7 +33,7 @@ inline Lines lines_of(const Tensor& t, int64_t slab) {
   return {begin, least(first + t.rows, begin + t.lines_per_slab)};
 }
 
-// The sums of a tensor in the scratch. Python reserves the same bytes: see scratch_bytes in backends/cpp.py.
+// The sums of a tensor in the scratch. Python reserves the same bytes: see _scratch_bytes in backends/cpp.py.
 template <class M>
 struct Sums {
   double* slab;   // [slabs, 3]  Σ g², Σ p², Σ u²

@@ -107,7 +107,7 @@ def update_rms(b: Binding) -> None:
 
 
 def apply(b: Binding) -> None:
-    """P ← decay p - delta, and every state entry."""
+    """Write the parameter, p ← decay p - delta, and every state entry."""
     delta = _update(b) / _clip_factor(b)
     exp_avg = _new_exp_avg_of_update(b, delta)
     if b.rule.momentum is None or b.rule.momentum.site is MomentumSite.GRAD:
@@ -124,7 +124,7 @@ def apply(b: Binding) -> None:
 
 
 def accumulate(b: Binding) -> None:
-    """Accumulator ← accumulator + g, between two updates."""
+    """Add g to the accumulator, between two updates."""
     assert b.grad is not None
     assert b.accumulator is not None
     _write(b, b.accumulator, b.accumulator + b.grad.to(b.accumulator.dtype) * b.grad_scale)
