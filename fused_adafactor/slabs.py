@@ -18,10 +18,13 @@ from fused_adafactor.spec import TensorSpec
 # numbers for each column of a slab, stay under 2 % of a bfloat16 parameter.
 SLAB_ELEMENTS = 131_072
 SLAB_LINES = 256
-# A line of an unfactored tensor, which has none of its own.
-VECTOR_LINE = 16_384
-# A tensor up to this size is one item: gradient and parameter stay in a core's cache.
-WHOLE_ELEMENTS = 131_072
+# A line of a tensor that has none of its own.
+FREE_LINE = 16_384
+# A tensor up to this size is one item, and a matrix in a stack need not keep its sums between the
+# sweeps: gradient and parameter stay in a core's cache.
+CACHED_ELEMENTS = 131_072
+# A matrix up to this size is tiny; ``kMaxTiny`` in the kernels.
+TINY_ELEMENTS = 64
 
 
 class ItemKind(IntEnum):
@@ -37,6 +40,15 @@ class ItemKind(IntEnum):
     AVERAGE = 7
 
 
+class Form(IntEnum):
+    """How the second moments of a tensor come about; the values are those of ``abi.h``."""
+
+    UNFACTORED = 0  # one for each element
+    FACTORED = 1  # matrices whose sums are kept between the sweeps
+    SMALL = 2  # a slab holds whole matrices, and every sweep takes their sums anew
+    TINY = 3  # matrices of a few elements, many at a time
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A tensor as lines of elements.
@@ -49,9 +61,11 @@ class Geometry:
         strides: Of the parameter and its gradient, in elements.
         state_strides: Of everything full-size that the state holds.
         logical: Theirs in the row-major numbering of the parameter.
-        batch: Matrices.
+        form: How its second moments come about.
+        batch: Matrices; 1 where lines are not those of a matrix: unfactored, or tiny matrices.
         rows: Lines of each.
-        cols: Elements of each line; of an unfactored tensor, of each line but the last.
+        cols: Elements of each line; where it is no matrix's, of each line but the last.
+        matrix: Rows and columns of a tiny matrix, else zeros.
         swapped: Lines are the columns of the view: they are contiguous, and its rows are not.
         lines_per_slab: Lines of a slab; more than ``rows`` are whole matrices.
         slabs: Number of slabs.
@@ -61,9 +75,11 @@ class Geometry:
     strides: tuple[int, ...]
     state_strides: tuple[int, ...]
     logical: tuple[int, ...]
+    form: Form
     batch: int
     rows: int
     cols: int
+    matrix: tuple[int, int]
     swapped: bool
     lines_per_slab: int
     slabs: int
@@ -72,11 +88,12 @@ class Geometry:
 def geometry_of(spec: TensorSpec) -> Geometry:
     """Cut a tensor that has elements."""
     order = tuple(range(len(spec.shape)))
+    form = _form(spec)
     swapped = False
     if spec.view is not None and spec.view.permutation is not None:
         order = spec.view.permutation
         row, col = (spec.param_strides[d] for d in order[-2:])
-        swapped = row == 1 and col != 1
+        swapped = row == 1 and col != 1 and form is not Form.TINY
         if swapped:
             order = (*order[:-2], order[-1], order[-2])
     row_major = _row_major(spec.shape)
@@ -84,25 +101,56 @@ def geometry_of(spec: TensorSpec) -> Geometry:
     dims = _merged([(spec.shape[d], (spec.param_strides[d], kept[d], row_major[d])) for d in order])
     sizes = tuple(size for size, _ in dims)
     strides, state_strides, logical = zip(*(stride for _, stride in dims), strict=True)
+    batch, matrix = 1, (0, 0)
     if spec.view is None:
-        cols = min(spec.numel, VECTOR_LINE)
-        batch, rows = 1, -(-spec.numel // cols)
+        cols = min(spec.numel, FREE_LINE)
+        rows = -(-spec.numel // cols)
+    elif form is Form.TINY:
+        matrix = (spec.view.rows, spec.view.cols)
+        size = math.prod(matrix)
+        cols = min(spec.numel, FREE_LINE // size * size)
+        rows = -(-spec.numel // cols)
     else:
         batch = math.prod(spec.view.matrices[:-2])
         rows, cols = spec.view.rows, spec.view.cols
         if swapped:
             rows, cols = cols, rows
-    lines_per_slab, slabs = _slabs(batch, rows, cols)
+    lines_per_slab, slabs = _slabs(form, batch, rows, cols)
     return Geometry(
-        sizes, strides, state_strides, logical, batch, rows, cols, swapped, lines_per_slab, slabs
+        sizes=sizes,
+        strides=strides,
+        state_strides=state_strides,
+        logical=logical,
+        form=form,
+        batch=batch,
+        rows=rows,
+        cols=cols,
+        matrix=matrix,
+        swapped=swapped,
+        lines_per_slab=lines_per_slab,
+        slabs=slabs,
     )
 
 
-def _slabs(batch: int, rows: int, cols: int) -> tuple[int, int]:
-    lines = max(SLAB_LINES, SLAB_ELEMENTS // cols)
-    if rows <= lines:
-        matrices = max(1, lines // rows)
+def _form(spec: TensorSpec) -> Form:
+    if spec.view is None:
+        return Form.UNFACTORED
+    size = spec.view.rows * spec.view.cols
+    if size <= TINY_ELEMENTS:
+        return Form.TINY
+    return Form.SMALL if size <= CACHED_ELEMENTS and size < spec.numel else Form.FACTORED
+
+
+def _slabs(form: Form, batch: int, rows: int, cols: int) -> tuple[int, int]:
+    """Lines of a slab, and slabs."""
+    if form is Form.SMALL:
+        matrices = max(1, SLAB_ELEMENTS // (rows * cols))
         return matrices * rows, -(-batch // matrices)
+    # Only sums across lines have to stay small beside what is summed.
+    least = SLAB_LINES if form is Form.FACTORED else 1
+    lines = max(least, SLAB_ELEMENTS // cols)
+    if rows <= lines:
+        return rows, batch
     return lines, batch * -(-rows // lines)
 
 
@@ -128,6 +176,11 @@ def _merged(
     return merged or [(1, (1, 1, 1))]
 
 
+def is_whole(geometry: Geometry) -> bool:
+    """Whether a tensor that is stepped without a pause is one item."""
+    return geometry.batch * geometry.rows * geometry.cols <= CACHED_ELEMENTS
+
+
 def items_of(
     geometries: Sequence[Geometry], phases: Sequence[Phase]
 ) -> Iterator[tuple[ItemKind, int, int]]:
@@ -139,7 +192,7 @@ def items_of(
     everything = len(phases) == len(Phase)
     waiting: list[int] = []
     for number, geometry in enumerate(geometries):
-        if everything and geometry.batch * geometry.rows * geometry.cols <= WHOLE_ELEMENTS:
+        if everything and is_whole(geometry):
             yield ItemKind.WHOLE, number, 0
             continue
         if Phase.STATS in phases:

@@ -66,50 +66,38 @@ inline double decay_of(const Tensor& t, const Rule& r) {
   return 1.0 - r.decay_coefficient * (r.decay_factor == kDecayAlpha ? t.alpha : r.decay_factor == kDecayLr ? r.lr : 1.0);
 }
 
-// The plainest rule: factored, no momentum, rounding to nearest. One multiply and one fused multiply-add for an element,
-// straight from and to memory.
-template <class P>
-void apply_plain_line(P* __restrict param, const P* __restrict grad, const float* __restrict factor, float decay,
-                      float step, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) param[j] = decay * param[j] - (step * factor[j]) * grad[j];
+// Whether apply_line does all that the rule asks for.
+inline bool applies_plainly(const Tensor& t, const Rule& r) {
+  return reads_plainly(t, r) && r.momentum == kNoMomentum && !r.amsgrad && t.compensation == nullptr &&
+         t.average == nullptr && (r.rounding == kNearest || t.param_dtype == kFloat32);
 }
 
-template <>
-void apply_plain_line(uint16_t* __restrict param, const uint16_t* __restrict grad, const float* __restrict factor,
-                      float decay, float step, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    param[j] = to_bfloat16(decay * from_bfloat16(param[j]) - (step * factor[j]) * from_bfloat16(grad[j]));
-  }
-}
-
-// Whether apply_plain_line does all that the rule asks for.
-inline bool is_plain(const Tensor& t, const Rule& r) {
-  return is_factored(t) && t.math_dtype == kFloat32 && t.param_dtype == t.grad_dtype &&
-         (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) && r.momentum == kNoMomentum && !r.amsgrad &&
-         (r.rounding == kNearest || t.param_dtype == kFloat32) && t.average == nullptr &&
-         t.accumulator == nullptr && r.clip_value < 0 && t.strides[t.ndim - 1] == 1 &&
-         t.sizes[t.ndim - 1] % t.cols == 0;
-}
-
-inline void apply_plain_line(Tensor& t, const Sums<float>& s, int64_t line, float decay, double step) {
-  const int64_t offset = offset_of(t, t.strides, line * t.cols);
-  const float of_line = float(step * t.grad_scale * t.grad_factor) * line_factor(t, s, line);
-  const float* factor = s.factor + line / t.rows * t.cols;
-  if (t.param_dtype == kFloat32) {
-    apply_plain_line(static_cast<float*>(t.param) + offset, static_cast<const float*>(t.grad) + offset, factor, decay,
-                     of_line, t.cols);
-  } else {
-    apply_plain_line(static_cast<uint16_t*>(t.param) + offset, static_cast<const uint16_t*>(t.grad) + offset, factor,
-                     decay, of_line, t.cols);
-  }
+inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, double clip) {
+  const float most = most_root<float>(r), scale = scale_of_grad(t), decay = float(decay_of(t, r));
+  const float step = float(t.alpha) * (1.0f / float(clip));
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    if (t.cols > kNarrow || t.ndim > 1) {
+      for (int64_t line = lines.begin; line < lines.end; ++line) {
+        const int64_t offset = offset_of(t, t.strides, line * t.cols);
+        apply_line(param + offset, grad + offset, m.factor, m.line_factor(line), most, scale, decay, step, t.cols);
+      }
+      return;
+    }
+    float root[kChunk];
+    for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+      const int64_t offset = offset_of(t, t.strides, line * t.cols + column);
+      factored_roots(t, m, line, column, n, root);
+      apply_line(param + offset, grad + offset, root, 1.0f, most, scale, decay, step, n);
+    });
+  });
 }
 
 // Everything else, chunk by chunk.
 template <class M>
-void apply_chunk(Tensor& t, const Rule& r, const Sums<M>& s, int64_t line, int64_t column, int64_t n, double clip,
-                 Chunk<M>& c) {
+void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line, int64_t column, int64_t n,
+                 double clip, Chunk<M>& c) {
   const int64_t k = line * t.cols + column;
-  const Update<M> u = update_of(t, r, s, line, column, n, c);
+  const Update<M> u = update_of(t, r, matrix, line, column, n, c, true);
   const M alpha = M(t.alpha), by_clip = M(1) / M(clip);
   M* delta = c.buffer[7];
   const M* exp_avg = u.exp_avg;
@@ -134,7 +122,7 @@ void apply_chunk(Tensor& t, const Rule& r, const Sums<M>& s, int64_t line, int64
   }
   if (t.exp_avg != nullptr) write(t, t.state_strides, exp_avg, t.exp_avg, t.exp_avg_dtype, k, n);
   if (r.amsgrad) write(t, t.state_strides, u.var_max, t.var_max, t.moment_dtype, k, n);
-  if (!is_factored(t)) write(t, t.state_strides, u.var, t.var, t.moment_dtype, k, n);
+  if (t.form == kUnfactored) write(t, t.state_strides, u.var, t.var, t.moment_dtype, k, n);
   if (t.accumulator != nullptr) {
     zero(c.buffer[10], n);
     write(t, t.state_strides, c.buffer[10], t.accumulator, t.math_dtype, k, n);
@@ -143,39 +131,52 @@ void apply_chunk(Tensor& t, const Rule& r, const Sums<M>& s, int64_t line, int64
   if (t.average != nullptr) average_chunk(t, r, k, n, c);
 }
 
-// The factors of a slab's lines, and of a matrix's columns with its first line.
+// Second moments of a slab's lines, and with the first line of a matrix of what lies across.
 template <class M>
-void write_factors(Tensor& t, const Sums<M>& s, Lines lines) {
-  convert_to(s.line + lines.begin, t.line_var, t.moment_dtype, lines.begin, 1, lines.end - lines.begin);
-  for (int64_t line = lines.begin; line < lines.end; ++line) {
-    if (line % t.rows != 0) continue;
-    const int64_t first = line / t.rows * t.cols;
-    convert_to(s.cross + first, t.cross_var, t.moment_dtype, first, 1, t.cols);
+void write_factors(const Tensor& t, const Matrix<M>& m, Lines lines) {
+  const int64_t n = lines.end - lines.begin;
+  convert_to(m.line + (lines.begin - m.first), t.line_var, t.moment_dtype, lines.begin, 1, n);
+  if (lines.begin != m.first) return;
+  convert_to(m.cross, t.cross_var, t.moment_dtype, m.first / t.rows * t.cols, 1, t.cols);
+}
+
+template <class M>
+void apply_matrix(Tensor& t, const Rule& r, const Matrix<M>& m, Lines lines, double clip, ThreadBuffers& buffers) {
+  bool done = false;
+  if constexpr (sizeof(M) == sizeof(float)) {
+    if (applies_plainly(t, r)) {
+      apply_plain_lines(t, r, m, lines, clip);
+      done = true;
+    }
   }
+  if (!done) {
+    Chunk<M> c(buffers);
+    for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+      apply_chunk(t, r, &m, line, column, n, clip, c);
+    });
+  }
+  write_factors(t, m, lines);
 }
 
 template <class M>
 void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& buffers) {
-  Sums<M> s(t, scratch);
-  Chunk<M> c(buffers);
-  const Lines lines = lines_of(t, slab);
   if (t.skip) return;
-  double clip = 1.0;
-  if (r.clip_threshold >= 0) {
-    clip = t.update_rms / r.clip_threshold;
-    if (clip < 1.0) clip = 1.0;
+  const Lines lines = lines_of(t, slab);
+  const double ratio = r.clip_threshold < 0 ? 1.0 : t.update_rms / r.clip_threshold;
+  const double clip = ratio < 1.0 ? 1.0 : ratio;  // so written that NaN stays
+  if (t.form == kFactored) {
+    apply_matrix(t, r, Sums<M>(t, scratch).matrix(t, lines.begin / t.rows), lines, clip, buffers);
+  } else if (t.form == kSmall) {
+    LineSums<M> ignored{};
+    for_each_small(t, r, lines, ignored, buffers, false, [&](const Matrix<M>& m, double) {
+      apply_matrix(t, r, m, Lines{m.first, m.first + t.rows}, clip, buffers);
+    });
+  } else {
+    Chunk<M> c(buffers);
+    for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+      apply_chunk<M>(t, r, nullptr, line, column, n, clip, c);
+    });
   }
-  for (int64_t line = lines.end - 1; line >= lines.begin; --line) {
-    if constexpr (sizeof(M) == 4) {
-      if (is_plain(t, r) && !is_clamped(t, r, s, line)) {
-        apply_plain_line(t, s, line, float(decay_of(t, r)), t.alpha / clip);
-        continue;
-      }
-    }
-    const int64_t length = line_length(t, line);
-    for (int64_t j = 0; j < length; j += kChunk) apply_chunk(t, r, s, line, j, least(kChunk, length - j), clip, c);
-  }
-  if (is_factored(t)) write_factors(t, s, lines);
 }
 
 template <class M>

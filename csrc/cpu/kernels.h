@@ -9,14 +9,25 @@ namespace fused_adafactor {
 
 // Memory of one thread: lines of a tensor in the math dtype, and chunks on their way through the formulas.
 struct ThreadBuffers {
-  void* lines;   // kBlockLines lines, or nothing where a line is too long to be kept
+  void* lines;   // a block of lines, where they have to be converted
   void* chunks;  // kChunkBuffers chunks
+  void* matrix;  // the sums of a small matrix
+  void* whole;   // the sums of a tensor that one item deals with alone
 };
 
 constexpr int64_t kChunk = 512;        // elements of a chunk: a few of them fit the first-level cache
 constexpr int64_t kChunkBuffers = 12;
-constexpr int64_t kBlockElements = 1 << 17;  // of such a block at most, unless one line is longer
 constexpr int64_t kBlockLines = 8;     // lines whose columns are added together: a column sum is loaded once for them
+constexpr int64_t kBlockElements = 1 << 17;  // of such a block at most, unless one line is longer
+constexpr int64_t kNarrow = 32;        // lines so short are taken many at a time
+constexpr int64_t kMaxTiny = 64;       // elements of a tiny matrix
+
+// Lines of a tensor whose columns are added together: fewer where so many would not stay in a core's cache.
+inline int64_t block_lines(const Tensor& t) {
+  int64_t lines = kBlockLines;
+  while (lines > 1 && lines * t.cols > kBlockElements) lines /= 2;
+  return lines;
+}
 
 struct Kernels {
   void (*stats)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);

@@ -39,32 +39,29 @@ bool is_finite(M value) {
   return value - value == M(0);
 }
 
-// Elements k .. k + count of a tensor: an offset and a stride where they form one run, else a walk over the dimensions.
+// Where element k lies, and how many follow it at equal distances.
 struct Run {
-  int64_t offset, stride;
-  bool straight;
+  int64_t offset, count;
 };
 
-inline Run run_at(const Tensor& t, const int64_t* strides, int64_t k, int64_t count) {
+inline Run run_at(const Tensor& t, const int64_t* strides, int64_t k) {
   const int last = t.ndim - 1;
-  int64_t offset = 0, rest = k;
-  for (int d = last; d >= 0; --d) {
-    const int64_t index = rest % t.sizes[d];
-    rest /= t.sizes[d];
-    offset += index * strides[d];
-    if (d == last && index + count > t.sizes[d]) return {0, 0, false};
+  int64_t offset = 0, index = k;  // no division where all is one run
+  if (last > 0) {
+    index = k % t.sizes[last];
+    k /= t.sizes[last];
+    for (int d = last - 1; d > 0; --d) {
+      offset += k % t.sizes[d] * strides[d];
+      k /= t.sizes[d];
+    }
+    offset += k * strides[0];
   }
-  return {offset, strides[last], true};
+  return {offset + index * strides[last], t.sizes[last] - index};
 }
 
-inline int64_t offset_of(const Tensor& t, const int64_t* strides, int64_t k) {
-  int64_t offset = 0;
-  for (int d = t.ndim - 1; d >= 0; --d) {
-    offset += (k % t.sizes[d]) * strides[d];
-    k /= t.sizes[d];
-  }
-  return offset;
-}
+inline int64_t offset_of(const Tensor& t, const int64_t* strides, int64_t k) { return run_at(t, strides, k).offset; }
+
+inline int64_t stride_of_runs(const Tensor& t, const int64_t* strides) { return strides[t.ndim - 1]; }
 
 inline float half_to_float(uint16_t bits) {
   _Float16 half;
@@ -125,25 +122,25 @@ void convert_to(const M* __restrict from, void* to, int32_t dtype, int64_t offse
 template <class M>
 const M* read(const Tensor& t, const int64_t* strides, const void* from, int32_t dtype, int64_t k, int64_t count,
               M* buffer) {
-  const Run run = run_at(t, strides, k, count);
-  if (run.straight && run.stride == 1 && dtype == DtypeOf<M>::value) return static_cast<const M*>(from) + run.offset;
-  if (run.straight) {
-    convert_from(buffer, from, dtype, run.offset, run.stride, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      convert_from(buffer + i, from, dtype, offset_of(t, strides, k + i), 1, 1);
-    }
+  const int64_t stride = stride_of_runs(t, strides);
+  for (int64_t i = 0; i < count;) {
+    const Run run = run_at(t, strides, k + i);
+    const int64_t n = least(run.count, count - i);
+    if (n == count && stride == 1 && dtype == DtypeOf<M>::value) return static_cast<const M*>(from) + run.offset;
+    convert_from(buffer + i, from, dtype, run.offset, stride, n);
+    i += n;
   }
   return buffer;
 }
 
 template <class M>
 void write(const Tensor& t, const int64_t* strides, const M* from, void* to, int32_t dtype, int64_t k, int64_t count) {
-  const Run run = run_at(t, strides, k, count);
-  if (run.straight) {
-    convert_to(from, to, dtype, run.offset, run.stride, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) convert_to(from + i, to, dtype, offset_of(t, strides, k + i), 1, 1);
+  const int64_t stride = stride_of_runs(t, strides);
+  for (int64_t i = 0; i < count;) {
+    const Run run = run_at(t, strides, k + i);
+    const int64_t n = least(run.count, count - i);
+    convert_to(from + i, to, dtype, run.offset, stride, n);
+    i += n;
   }
 }
 

@@ -3,11 +3,34 @@
 #ifndef FUSED_ADAFACTOR_CPU_STATISTICS_H
 #define FUSED_ADAFACTOR_CPU_STATISTICS_H
 
+#include "plain.h"
 #include "update.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
+
+// Whether the lines of gradient and parameter can be read where they are, with nothing to do but to scale g.
+inline bool reads_plainly(const Tensor& t, const Rule& r) {
+  const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
+                            (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
+  return (t.form == kFactored || t.form == kSmall) && t.math_dtype == kFloat32 && plain_dtypes &&
+         t.accumulator == nullptr && r.clip_value < 0 && r.momentum != kMomentumGrad &&
+         t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+}
+
+// Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that reads_plainly.
+template <class F>
+auto by_dtypes(const Tensor& t, F f) {
+  float* p = static_cast<float*>(t.param);
+  uint16_t* half_p = static_cast<uint16_t*>(t.param);
+  const float* g = static_cast<const float*>(t.grad);
+  const uint16_t* half_g = static_cast<const uint16_t*>(t.grad);
+  if (t.param_dtype == kFloat32) return t.grad_dtype == kFloat32 ? f(p, g) : f(p, half_g);
+  return t.grad_dtype == kFloat32 ? f(half_p, g) : f(half_p, half_g);
+}
+
+inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
 
 // New second moment of a line from its Σ g².
 template <class M>
@@ -17,129 +40,350 @@ M new_line(const Tensor& t, const Rule& r, M sum, int64_t line) {
   return stored(new_moment(load_one<M>(t.line_var, t.moment_dtype, line), value, M(r.beta2)), t.moment_dtype);
 }
 
+// What Σ u² is weighted with; 0 for a line that has never seen anything but zeros.
 template <class M>
-M new_cross(const Tensor& t, const Rule& r, M sum, int64_t index) {
-  if (r.eps1_rule == kEps1Add) sum += M(t.rows) * M(r.eps1);
-  const M value = r.sums ? sum : sum / M(t.rows);
-  return stored(new_moment(load_one<M>(t.cross_var, t.moment_dtype, index), value, M(r.beta2)), t.moment_dtype);
+M inverse_of(M line) {
+  return line > M(0) ? M(1) / line : M(0);
 }
 
-// Whether Σ u² comes from the sums of the first sweep.
-inline bool by_identity(const Tensor& t, const Rule& r) {
-  return is_factored(t) && !r.amsgrad && !r.norm_clipped;
+// Where the sums of some lines of a matrix go.
+template <class M>
+struct LineSums {
+  M* line;             // of the first of these lines: new second moments, or Σ g² where `raw`
+  M* across;           // [cols]
+  M* weighted;         // [cols]
+  bool raw;            // gradients are clipped by a norm that is not known yet
+  bool with_param;
+  double grad_sq, param_sq;
+};
+
+template <class M>
+M line_from(const Tensor& t, const Rule& r, const LineSums<M>& s, M sum, int64_t line) {
+  return s.raw ? sum : new_line(t, r, sum, line);
 }
 
-// a += g², w += num² / line_var over a block of lines.
+template <int L, bool WithParam, class P, class G>
+void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t line, LineSums<float>& s,
+                     float* of_line) {
+  const G* g[L];
+  const P* p[L];
+  float sum[L], inverse[L];
+  for (int l = 0; l < L; ++l) {
+    const int64_t offset = offset_of(t, t.strides, (line + l) * t.cols);
+    g[l] = grad + offset;
+    p[l] = param + offset;
+  }
+  const float scale = scale_of_grad(t);
+  square_lines<L>(g, scale, t.cols, sum);
+  for (int l = 0; l < L; ++l) {
+    s.grad_sq += double(sum[l]);
+    of_line[l] = line_from(t, r, s, sum[l], line + l);
+    inverse[l] = inverse_of(of_line[l]);
+  }
+  s.param_sq += add_lines<L, WithParam>(g, p, inverse, scale, t.cols, s.across, s.weighted);
+}
+
+template <bool WithParam, class P, class G>
+void add_plain_lines(const Tensor& t, const Rule& r, P* param, const G* grad, Lines lines, LineSums<float>& s) {
+  const int64_t together = block_lines(t);
+  int64_t line = lines.begin;
+  for (; together == kBlockLines && line + kBlockLines <= lines.end; line += kBlockLines) {
+    add_plain_block<kBlockLines, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+  }
+  for (; together >= 2 && line + 2 <= lines.end; line += 2) {
+    add_plain_block<2, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+  }
+  for (; line < lines.end; ++line) {
+    add_plain_block<1, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+  }
+}
+
+// Any rule and layout: lines are converted, chunk by chunk, into a block.
 template <class M>
-void add_lines(M* __restrict a, M* __restrict w, const M* const* grad, const M* const* num, const M* inverse,
-               int64_t lines, int64_t n) {
-  if (lines == kBlockLines && grad[0] == num[0]) {
-    const M *g0 = grad[0], *g1 = grad[1], *g2 = grad[2], *g3 = grad[3];
-    const M *g4 = grad[4], *g5 = grad[5], *g6 = grad[6], *g7 = grad[7];
-    const M i0 = inverse[0], i1 = inverse[1], i2 = inverse[2], i3 = inverse[3];
-    const M i4 = inverse[4], i5 = inverse[5], i6 = inverse[6], i7 = inverse[7];
-#pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j) {
-      const M q0 = g0[j] * g0[j], q1 = g1[j] * g1[j], q2 = g2[j] * g2[j], q3 = g3[j] * g3[j];
-      const M q4 = g4[j] * g4[j], q5 = g5[j] * g5[j], q6 = g6[j] * g6[j], q7 = g7[j] * g7[j];
-      a[j] += ((q0 + q1) + (q2 + q3)) + ((q4 + q5) + (q6 + q7));
-      w[j] += ((q0 * i0 + q1 * i1) + (q2 * i2 + q3 * i3)) + ((q4 * i4 + q5 * i5) + (q6 * i6 + q7 * i7));
+void add_converted_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
+  Chunk<M> c(buffers);
+  M* grad = static_cast<M*>(buffers.lines);
+  M* num = grad + t.cols;
+  const bool averaged = r.momentum == kMomentumGrad;
+  for (int64_t line = lines.begin; line < lines.end; ++line) {
+    double sum = 0;
+    for (int64_t j = 0; j < t.cols; j += kChunk) {
+      const int64_t k = line * t.cols + j, n = least(kChunk, t.cols - j);
+      const M* g = read_grad(t, r, k, n, grad + j, c.buffer[1], &s.grad_sq);
+      if (g != grad + j) memcpy(grad + j, g, n * sizeof(M));
+      sum += double(sum_of_squares(g, n));
+      if (averaged) numerator(t, r, g, k, n, num + j, c.buffer[2], c.buffer[5]);
+      if (s.with_param) {
+        s.param_sq += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[3]), n));
+      }
     }
+    if (r.clip_value < 0) s.grad_sq += sum;
+    M& of_line = s.line[line - lines.begin];
+    of_line = line_from(t, r, s, M(sum), line);
+    const M inverse = inverse_of(of_line);
+    const M* x = averaged ? num : grad;
+    for (int64_t j = 0; j < t.cols; ++j) {
+      s.across[j] += grad[j] * grad[j];
+      s.weighted[j] += x[j] * x[j] * inverse;
+    }
+  }
+}
+
+// Short lines, a group of them side by side.
+template <class M>
+void add_narrow_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
+  Chunk<M> c(buffers);
+  M grad[kNarrow * kGroup], num[kNarrow * kGroup];
+  M across[kNarrow * kGroup] = {}, weighted[kNarrow * kGroup] = {};
+  const bool averaged = r.momentum == kMomentumGrad;
+  for (int64_t line = lines.begin; line < lines.end; line += kGroup) {
+    const int64_t lanes = least(kGroup, lines.end - line), k = line * t.cols, n = lanes * t.cols;
+    const M* g = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &s.grad_sq);
+    if (r.clip_value < 0) s.grad_sq += double(sum_of_squares(g, n));
+    to_lanes(g, t.cols, lanes, grad);
+    if (averaged) to_lanes(numerator(t, r, g, k, n, c.buffer[1], c.buffer[2], c.buffer[5]), t.cols, lanes, num);
+    if (s.with_param) {
+      s.param_sq += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[3]), n));
+    }
+    M sum[kGroup] = {}, inverse[kGroup] = {};
+    for (int64_t j = 0; j < t.cols; ++j) {
+      for (int64_t l = 0; l < kGroup; ++l) sum[l] += grad[j * kGroup + l] * grad[j * kGroup + l];
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      M& of_line = s.line[line + l - lines.begin];
+      of_line = line_from(t, r, s, sum[l], line + l);
+      inverse[l] = inverse_of(of_line);
+    }
+    const M* x = averaged ? num : grad;
+    for (int64_t j = 0; j < t.cols; ++j) {
+      for (int64_t l = 0; l < kGroup; ++l) {
+        const int64_t i = j * kGroup + l;
+        across[i] += grad[i] * grad[i];
+        weighted[i] += x[i] * x[i] * inverse[l];
+      }
+    }
+  }
+  for (int64_t j = 0; j < t.cols; ++j) {
+    double a = 0, w = 0;
+    for (int64_t l = 0; l < kGroup; ++l) {
+      a += double(across[j * kGroup + l]);
+      w += double(weighted[j * kGroup + l]);
+    }
+    s.across[j] += M(a);
+    s.weighted[j] += M(w);
+  }
+}
+
+// One read of the gradient's lines, and of the parameter's where RMS(p) is wanted.
+template <class M>
+void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
+  zero(s.across, t.cols);
+  zero(s.weighted, t.cols);
+  if (t.cols <= kNarrow && lines.end - lines.begin >= kGroup) {
+    add_narrow_lines(t, r, lines, s, buffers);
     return;
   }
-  for (int64_t l = 0; l < lines; ++l) {
-    const M *g = grad[l], *x = num[l];
-    const M i = inverse[l];
-#pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j) {
-      a[j] += g[j] * g[j];
-      w[j] += x[j] * x[j] * i;
+  if constexpr (sizeof(M) == sizeof(float)) {
+    if (reads_plainly(t, r)) {
+      by_dtypes(t, [&](auto* param, auto* grad) {
+        s.with_param ? add_plain_lines<true>(t, r, param, grad, lines, s)
+                     : add_plain_lines<false>(t, r, param, grad, lines, s);
+      });
+      return;
     }
+  }
+  add_converted_lines(t, r, lines, s, buffers);
+}
+
+// How far the clamp reaches, from the smallest and the largest factors; an infinite one belongs to zeros only.
+template <class M>
+Clamp clamp_of(const Tensor& t, const Rule& r, const Matrix<M>& m) {
+  if (r.eps1_rule != kEps1Clamp) return Clamp::kNowhere;
+  const M most = most_root<M>(r);
+  M smallest_factor = M(INFINITY), smallest_line = M(INFINITY), largest_line = M(0);
+  for (int64_t j = 0; j < t.cols; ++j) smallest_factor = m.factor[j] < smallest_factor ? m.factor[j] : smallest_factor;
+  for (int64_t l = 0; l < t.rows; ++l) {
+    if (!(m.line[l] > M(0))) continue;
+    smallest_line = m.line[l] < smallest_line ? m.line[l] : smallest_line;
+    largest_line = m.line[l] > largest_line ? m.line[l] : largest_line;
+  }
+  const M smallest_root = M(1) / std::sqrt(largest_line / *m.norm), largest_root = M(1) / std::sqrt(smallest_line / *m.norm);
+  if (largest_root * *m.largest <= most) return Clamp::kNowhere;
+  if (smallest_root * smallest_factor >= most) return Clamp::kEverywhere;
+  return smallest_root * *m.largest > most ? Clamp::kEveryLine : Clamp::kSomeLines;
+}
+
+// The factors of a matrix, from its line and cross sums; returns what these say of its Σ u². The rest of it, see
+// is_measured, takes another look at the gradient.
+template <class M>
+double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
+  const int64_t first = m.first / t.rows * t.cols;
+  const M square = M(t.grad_factor) * M(t.grad_factor);
+  const bool raw = r.norm_clipped && t.form == kFactored;
+  if (raw) {
+    for (int64_t l = 0; l < t.rows; ++l) m.line[l] = new_line(t, r, m.line[l] * square, m.first + l);
+    for (int64_t j = 0; j < t.cols; ++j) m.cross[j] *= square;
+  }
+  double grad_sq = 0;
+  for (int64_t j = 0; j < t.cols; ++j) grad_sq += double(m.cross[j]);
+  M* old = m.cross;
+  for (int64_t j = 0; j < t.cols; ++j) {
+    M sum = old[j];
+    if (r.eps1_rule == kEps1Add) sum += M(t.rows) * M(r.eps1);
+    const M value = r.sums ? sum : sum / M(t.rows);
+    const M var = load_one<M>(t.cross_var, t.moment_dtype, first + j);
+    m.cross[j] = stored(new_moment(var, value, M(r.beta2)), t.moment_dtype);
+  }
+  const M* row = t.swapped ? m.cross : m.line;
+  const int64_t rows = t.swapped ? t.cols : t.rows;
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) total += double(row[i]);
+  M norm = M(r.sums ? total : total / double(rows));
+  if (r.eps1_rule == kEps1Clamp && norm < M(r.eps1)) norm = M(r.eps1);
+  *m.norm = norm;
+  double share = 0;
+  for (int64_t j = 0; j < t.cols; ++j) {
+    share += m.cross[j] > M(0) ? double(m.factor[j]) / double(m.cross[j]) : 0.0;
+  }
+  M largest = M(0);
+  for (int64_t j = 0; j < t.cols; ++j) {
+    m.factor[j] = M(1) / std::sqrt(m.cross[j]);
+    largest = m.cross[j] > M(0) && m.factor[j] > largest ? m.factor[j] : largest;
+  }
+  *m.largest = largest;
+  *m.clamp = clamp_of(t, r, m);
+  if (r.amsgrad || raw) {
+    *m.clamp = Clamp::kEveryLine;  // the identity does not hold, or was taken before its time
+  } else if (*m.clamp == Clamp::kEverywhere && r.momentum == kMomentumGrad) {
+    *m.clamp = Clamp::kEveryLine;  // Σ num² is not known
+  }
+  const double most = double(most_root<M>(r));
+  switch (*m.clamp) {
+    case Clamp::kEveryLine:
+      return 0;
+    case Clamp::kEverywhere:
+      return grad_sq * most * most;
+    default:
+      return share * double(norm);
   }
 }
 
+// Whether Σ u² of a line has to be measured.
 template <class M>
-void factored_stats(Tensor& t, const Rule& r, Sums<M>& s, ThreadBuffers& buffers, M* across, M* weighted, Lines lines,
-                    double* grad_sq, double* param_sq) {
-  Chunk<M> c(buffers);
-  M* block = static_cast<M*>(buffers.lines);
-  zero(across, t.cols);
-  zero(weighted, t.cols);
-  const bool raw = grad_is_raw<M>(t, r);
-  const bool averaged = r.momentum == kMomentumGrad;
-  const int64_t per_block = block_lines(t);
-  for (int64_t first = lines.begin; first < lines.end; first += per_block) {
-    const int64_t count = least(per_block, lines.end - first);
-    const M* grad[kBlockLines];
-    const M* num[kBlockLines];
-    M inverse[kBlockLines];
-    for (int64_t l = 0; l < count; ++l) {
-      const int64_t k = (first + l) * t.cols;
-      M sum = M(0);
-      const M* whole = nullptr;
-      if (raw) {
-        const Run run = run_at(t, t.strides, k, t.cols);
-        if (run.straight && run.stride == 1 && t.grad_dtype == DtypeOf<M>::value) {
-          whole = static_cast<const M*>(t.grad) + run.offset;
+bool is_measured(const Rule& r, const Matrix<M>& m, int64_t line) {
+  if (*m.clamp == Clamp::kEveryLine) return true;
+  return *m.clamp == Clamp::kSomeLines && m.line[line - m.first] > M(0) &&
+         m.line_factor(line) * *m.largest > most_root<M>(r);
+}
+
+// Σ u² of those lines that have to be measured, less what the identity has counted for them.
+template <class M>
+double measure_lines(const Tensor& t, const Rule& r, const Matrix<M>& m, Lines lines, ThreadBuffers& buffers) {
+  if (!t.measures || *m.clamp == Clamp::kNowhere || *m.clamp == Clamp::kEverywhere) return 0;
+  const bool corrects = *m.clamp == Clamp::kSomeLines;
+  double sum = 0;
+  if constexpr (sizeof(M) == sizeof(float)) {
+    if (reads_plainly(t, r) && !r.amsgrad) {
+      by_dtypes(t, [&](auto*, auto* grad) {
+        for (int64_t line = lines.begin; line < lines.end; ++line) {
+          if (!is_measured(r, m, line)) continue;
+          const int64_t offset = offset_of(t, t.strides, line * t.cols);
+          sum += measure_line(grad + offset, m.factor, m.line_factor(line), most_root<float>(r), scale_of_grad(t),
+                              t.cols, corrects);
         }
-      }
-      M* own = block + 2 * l * t.cols;
-      double line_sq = 0;
-      for (int64_t j = 0; j < t.cols; j += kChunk) {
-        const int64_t n = least(kChunk, t.cols - j);
-        const M* g = whole != nullptr ? whole + j : read_grad(t, r, k + j, n, own + j, c.buffer[1], grad_sq);
-        if (whole == nullptr && g != own + j) memcpy(own + j, g, n * sizeof(M));
-        sum += sum_of_squares(g, n);
-        if (averaged) numerator(t, r, g, k + j, n, own + t.cols + j, c.buffer[2], c.buffer[5]);
-        if (t.measures_param_rms) {
-          line_sq += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k + j, n, c.buffer[3]), n));
-        }
-      }
-      grad[l] = whole != nullptr ? whole : own;
-      num[l] = averaged ? own + t.cols : grad[l];
-      if (r.clip_value < 0) *grad_sq += double(sum);
-      *param_sq += line_sq;
-      // With a norm to clip by the factor of the gradient is not known yet, so the sum is kept as it is.
-      const M var = r.norm_clipped ? sum : new_line(t, r, sum, first + l);
-      s.line[first + l] = var;
-      inverse[l] = var > M(0) ? M(1) / var : M(0);
+      });
+      return sum;
     }
-    add_lines(across, weighted, grad, num, inverse, count, t.cols);
+  }
+  Chunk<M> c(buffers);
+  for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+    const Update<M> u = update_of(t, r, &m, line, column, n, c, false);
+    if (!corrects) {
+      sum += double(sum_of_squares(u.value, n));
+      return;
+    }
+    const int64_t length = least(n, t.cols);
+    M* without_clamp = c.buffer[8];
+    factored_roots(t, m, line, column, n, without_clamp);
+    for (int64_t i = 0; i < n; i += length, ++line) {
+      if (!is_measured(r, m, line)) continue;
+      sum += double(sum_of_squares(u.value + i, length));
+      for (int64_t j = i; j < i + length; ++j) {
+        // The identity has left out all-zero columns.
+        without_clamp[j] = is_finite(without_clamp[j]) ? u.num[j] * without_clamp[j] : M(0);
+      }
+      sum -= double(sum_of_squares(without_clamp + i, length));
+    }
+  });
+  return sum;
+}
+
+// Sums and factors of a small matrix, from its gradient; returns its Σ u² where that is wanted and not too early.
+template <class M>
+double small_matrix(const Tensor& t, const Rule& r, Matrix<M>& m, LineSums<M>& s, ThreadBuffers& buffers,
+                    bool measures) {
+  const Lines lines{m.first, m.first + t.rows};
+  s.line = m.line;
+  s.across = m.cross;
+  s.weighted = m.factor;
+  add_lines_of(t, r, lines, s, buffers);
+  if (s.raw) return 0;
+  const double known = finalize_matrix(t, r, m);
+  return measures ? known + measure_lines(t, r, m, lines, buffers) : 0;
+}
+
+// Calls f(matrix, its Σ u²) for every small matrix of a slab; adds to the sums.
+template <class M, class F>
+void for_each_small(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers, bool measures,
+                    F f) {
+  for (int64_t first = lines.begin; first < lines.end; first += t.rows) {
+    Matrix<M> m(t, first / t.rows, static_cast<char*>(buffers.matrix));
+    const double update_sq = small_matrix(t, r, m, s, buffers, measures);
+    f(m, update_sq);
   }
 }
 
 template <class M>
 void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& buffers) {
-  Sums<M> s(t, scratch);
-  double* sums = s.slab + 3 * slab;
-  sums[0] = sums[1] = sums[2] = 0;
+  Sums<M> sums(t, scratch);
+  double* sum = sums.slab + 3 * slab;
+  sum[0] = sum[1] = sum[2] = 0;
   const Lines lines = lines_of(t, slab);
-  if (is_factored(t)) {
-    // A slab that holds whole matrices owns their cross sums: they stand where the finished ones will.
-    const bool whole = slabs_per_matrix(t) == 1;
-    for (int64_t first = lines.begin; first < lines.end; first += whole ? t.rows : lines.end - lines.begin) {
-      const int64_t matrix = first / t.rows;
-      M* across = whole ? s.cross + matrix * t.cols : s.partial + 2 * slab * t.cols;
-      M* weighted = whole ? s.factor + matrix * t.cols : across + t.cols;
-      const Lines part = whole ? Lines{first, first + t.rows} : lines;
-      factored_stats(t, r, s, buffers, across, weighted, part, &sums[0], &sums[1]);
+  if (t.form == kFactored || t.form == kSmall) {
+    LineSums<M> s{};
+    s.with_param = t.measures_param_rms;
+    s.raw = r.norm_clipped;
+    if (t.form == kSmall) {
+      for_each_small(t, r, lines, s, buffers, true, [&](const Matrix<M>&, double part) { sum[2] += part; });
+    } else {
+      const Matrix<M> m = sums.matrix(t, lines.begin / t.rows);
+      const bool whole = slabs_per_matrix(t) == 1;
+      s.line = m.line + (lines.begin - m.first);
+      s.across = whole ? m.cross : sums.partial + 2 * slab * t.cols;
+      s.weighted = whole ? m.factor : s.across + t.cols;
+      add_lines_of(t, r, lines, s, buffers);
     }
+    sum[0] = s.grad_sq;
+    sum[1] = s.param_sq;
     return;
   }
   Chunk<M> c(buffers);
-  for (int64_t line = lines.begin; line < lines.end; ++line) {
-    const int64_t length = line_length(t, line);
-    for (int64_t j = 0; j < length; j += kChunk) {
-      const int64_t n = least(kChunk, length - j);
-      const int64_t k = line * t.cols + j;
-      if (t.measures && !r.norm_clipped) {
-        sums[2] += double(sum_of_squares(update_of(t, r, s, line, j, n, c).value, n));
-      }
-      const M* grad = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &sums[0]);
-      if (r.clip_value < 0) sums[0] += double(sum_of_squares(grad, n));
-      if (t.measures_param_rms) sums[1] += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]), n));
+  for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+    const int64_t k = line * t.cols + column;
+    const M* grad = c.buffer[0];
+    if (t.measures && !r.norm_clipped) {
+      const Update<M> u = update_of<M>(t, r, nullptr, line, column, n, c, false);
+      sum[2] += double(sum_of_squares(u.value, n));
+      grad = u.grad;
+      if (r.clip_value >= 0) read_grad(t, r, k, n, c.buffer[9], c.buffer[10], &sum[0]);
+    } else {
+      grad = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &sum[0]);
     }
-  }
+    if (r.clip_value < 0) sum[0] += double(sum_of_squares(grad, n));
+    if (t.measures_param_rms) {
+      sum[1] += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]), n));
+    }
+  });
 }
 
 // alpha_t = max(eps2, RMS(p)) rho_t, and RMS(p).
@@ -154,98 +398,57 @@ inline void set_alpha(Tensor& t, const Rule& r, double param_sq) {
   t.alpha = (scale < r.eps2 ? r.eps2 : scale) * r.rho;
 }
 
-// Factors of one matrix from its sums; returns its share of Σ u² by the identity.
-template <class M>
-double finalize_matrix(Tensor& t, const Rule& r, Sums<M>& s, int64_t matrix) {
-  M* cross = s.cross + matrix * t.cols;
-  M* factor = s.factor + matrix * t.cols;
-  const int64_t slabs = slabs_per_matrix(t);
-  const bool whole = slabs == 1;
-  for (int64_t j = 0; j < t.cols && !whole; ++j) cross[j] = factor[j] = M(0);
-  for (int64_t i = 0; i < slabs && !whole; ++i) {
-    const M* partial = s.partial + 2 * (matrix * slabs + i) * t.cols;
-    for (int64_t j = 0; j < t.cols; ++j) cross[j] += partial[j];
-    for (int64_t j = 0; j < t.cols; ++j) factor[j] += partial[t.cols + j];
-  }
-  const M* line = s.line + matrix * t.rows;
-  const M square = r.norm_clipped ? M(t.grad_factor) * M(t.grad_factor) : M(1);
-  for (int64_t j = 0; j < t.cols; ++j) cross[j] = new_cross(t, r, cross[j] * square, matrix * t.cols + j);
-  const M* row = t.swapped ? cross : line;
-  const int64_t rows = t.swapped ? t.cols : t.rows;
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) total += double(row[i]);
-  M norm = M(r.sums ? total : total / double(rows));
-  if (r.eps1_rule == kEps1Clamp && norm < M(r.eps1)) norm = M(r.eps1);
-  s.norm[matrix] = norm;
-  double share = 0;
-  for (int64_t j = 0; j < t.cols; ++j) share += cross[j] > M(0) ? double(factor[j]) / double(cross[j]) : 0.0;
-  for (int64_t j = 0; j < t.cols; ++j) factor[j] = M(1) / std::sqrt(cross[j]);
-  s.largest[matrix] = largest_of(factor, t.cols);
-  return share * double(norm);
-}
-
-// Whether the clamp of v by eps1² can bite an element of a line.
-template <class M>
-bool is_clamped(const Tensor& t, const Rule& r, const Sums<M>& s, int64_t line) {
-  return r.eps1_rule == kEps1Clamp && !(line_factor(t, s, line) * s.largest[line / t.rows] <= M(1) / M(r.eps1));
-}
-
 template <class M>
 void finalize_in(Tensor& t, const Rule& r, void* scratch) {
   Sums<M> s(t, scratch);
   double sums[3] = {};
   for (int64_t i = 0; i < t.slabs; ++i) {
     for (int j = 0; j < 3; ++j) sums[j] += s.slab[3 * i + j];
+    s.slab[3 * i + 2] = 0;  // for the third sweep
   }
-  for (int64_t i = 0; i < t.slabs; ++i) s.slab[3 * i + 2] = 0;  // for the third sweep
+  if (r.norm_clipped) sums[2] = 0;  // what was summed was not clipped yet
   t.grad_sq = sums[0];
   set_alpha(t, r, sums[1]);
-  if (is_factored(t)) {
-    if (r.norm_clipped) {
-      const M square = M(t.grad_factor) * M(t.grad_factor);
-      for (int64_t l = 0; l < t.batch * t.rows; ++l) s.line[l] = new_line(t, r, s.line[l] * square, l);
+  if (t.form == kFactored) {
+    const int64_t slabs = slabs_per_matrix(t);
+    for (int64_t number = 0; number < t.batch; ++number) {
+      Matrix<M> m = s.matrix(t, number);
+      if (slabs > 1) {
+        zero(m.cross, t.cols);
+        zero(m.factor, t.cols);
+      }
+      for (int64_t i = 0; i < slabs && slabs > 1; ++i) {
+        const M* partial = s.partial + 2 * (number * slabs + i) * t.cols;
+        for (int64_t j = 0; j < t.cols; ++j) m.cross[j] += partial[j];
+        for (int64_t j = 0; j < t.cols; ++j) m.factor[j] += partial[t.cols + j];
+      }
+      sums[2] += finalize_matrix(t, r, m);
     }
-    sums[2] = 0;
-    for (int64_t matrix = 0; matrix < t.batch; ++matrix) sums[2] += finalize_matrix(t, r, s, matrix);
   }
-  // What the first sweep knows of Σ u²: all of it, all but the lines that the clamp bites, or nothing.
-  t.update_sq = t.measures && (is_factored(t) ? by_identity(t, r) : !r.norm_clipped) ? sums[2] : 0.0;
+  t.update_sq = sums[2];
   t.update_rms = std::sqrt(t.update_sq / double(t.numel));
 }
 
-// Whether the third sweep has something to do for a line.
-template <class M>
-bool is_measured(const Tensor& t, const Rule& r, const Sums<M>& s, int64_t line) {
-  if (!t.measures) return false;
-  if (!is_factored(t)) return r.norm_clipped;
-  // A line whose second moment is 0 has never seen anything but zeros.
-  return !by_identity(t, r) || (is_clamped(t, r, s, line) && s.line[line] > M(0));
-}
-
+// What the first sweep could not tell of Σ u².
 template <class M>
 void update_rms_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& buffers) {
   Sums<M> s(t, scratch);
-  Chunk<M> c(buffers);
+  double& sum = s.slab[3 * slab + 2];
   const Lines lines = lines_of(t, slab);
-  const bool corrects = by_identity(t, r);
-  double sum = 0;
-  for (int64_t line = lines.begin; line < lines.end; ++line) {
-    if (!is_measured(t, r, s, line)) continue;
-    const int64_t length = line_length(t, line);
-    for (int64_t j = 0; j < length; j += kChunk) {
-      const int64_t n = least(kChunk, length - j);
-      const Update<M> u = update_of(t, r, s, line, j, n, c);
-      sum += double(sum_of_squares(u.value, n));
-      if (!corrects) continue;
-      // The identity has counted these elements without the clamp, but for those of an all-zero column.
-      const M of_line = line_factor(t, s, line);
-      const M* factor = s.factor + line / t.rows * t.cols + j;
-      const M* num = r.momentum == kMomentumGrad ? c.buffer[1] : u.grad;
-      for (int64_t i = 0; i < n; ++i) c.buffer[8][i] = is_finite(factor[i]) ? num[i] * (of_line * factor[i]) : M(0);
-      sum -= double(sum_of_squares(c.buffer[8], n));
+  if (t.form == kFactored) {
+    sum = measure_lines(t, r, s.matrix(t, lines.begin / t.rows), lines, buffers);
+  } else if (r.norm_clipped && t.measures) {
+    sum = 0;
+    if (t.form == kSmall) {
+      LineSums<M> ignored{};
+      for_each_small(t, r, lines, ignored, buffers, true, [&](const Matrix<M>&, double part) { sum += part; });
+      return;
     }
+    Chunk<M> c(buffers);
+    for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+      sum += double(sum_of_squares(update_of<M>(t, r, nullptr, line, column, n, c, false).value, n));
+    });
   }
-  s.slab[3 * slab + 2] = sum;
 }
 
 template <class M>

@@ -43,7 +43,7 @@ int32_t chosen_isa = best_isa();
 
 // How far a tensor has come.
 struct Progress {
-  std::atomic<int32_t> stats_left{0}, update_rms_left{0}, finalized{0}, measured{0};
+  std::atomic<int32_t> stats_left{0}, update_rms_left{0}, apply_left{0}, finalized{0}, measured{0};
 };
 
 inline void wait_for(const std::atomic<int32_t>& value, int32_t wanted) {
@@ -54,8 +54,40 @@ inline void wait_for(const std::atomic<int32_t>& value, int32_t wanted) {
   }
 }
 
-struct Memory {
-  std::vector<char> lines, chunks;
+constexpr int64_t kCacheLine = 64;
+
+// Memory that a thread needs for itself, in bytes, whichever items it takes.
+struct Needs {
+  int64_t lines = 0, matrix = 0, whole = 0;
+
+  void add(const Tensor& t, bool as_whole) {
+    const int64_t size = t.math_dtype == kFloat64 ? 8 : 4;
+    // As Matrix and Sums in sums.h, rounded up.
+    const int64_t matrix_bytes = 2 * kCacheLine + size * (t.rows + 2 * t.cols);
+    if (t.form == kFactored || t.form == kSmall) lines = std::max(lines, 2 * t.cols * size);
+    if (t.form == kSmall) matrix = std::max(matrix, matrix_bytes);
+    if (!as_whole) return;
+    const int64_t kept = t.form == kFactored ? t.batch * matrix_bytes + 2 * t.slabs * t.cols * size : 0;
+    whole = std::max(whole, 24 * t.slabs + kCacheLine + kept);
+  }
+};
+
+// Kept from call to call: a step that repeats allocates nothing.
+class ThreadMemory {
+ public:
+  ThreadBuffers reserve(const Needs& needs) {
+    return {grown(lines_, needs.lines), grown(chunks_, kChunkBuffers * kChunk * int64_t(sizeof(double))),
+            grown(matrix_, needs.matrix), grown(whole_, needs.whole)};
+  }
+
+ private:
+  static void* grown(std::vector<char>& memory, int64_t bytes) {
+    if (int64_t(memory.size()) < bytes + kCacheLine) memory.resize(bytes + kCacheLine);
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<void*>((at + kCacheLine - 1) / kCacheLine * kCacheLine);
+  }
+
+  std::vector<char> lines_, chunks_, matrix_, whole_;
 };
 
 }  // namespace
@@ -77,25 +109,20 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
                                        const Rule* rules, void* scratch, int32_t threads) {
   const Kernels& kernels = *kBuilds[chosen_isa];
   std::unique_ptr<Progress[]> progress(new Progress[tensor_count]);
-  int64_t longest = 0;
+  Needs needs;
   for (int64_t i = 0; i < count; ++i) {
-    Progress& p = progress[items[i].tensor];
-    const Tensor& t = tensors[items[i].tensor];
-    if (items[i].kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
-    if (items[i].kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
-    if (t.factored) {
-      const int64_t lines = t.cols >= kBlockElements ? 1 : kBlockLines;
-      longest = std::max(longest, 2 * lines * t.cols * (t.math_dtype == kFloat64 ? 8 : 4));
-    }
+    const Item& item = items[i];
+    Progress& p = progress[item.tensor];
+    if (item.kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kApply) p.apply_left.fetch_add(1, std::memory_order_relaxed);
+    needs.add(tensors[item.tensor], item.kind == kWhole);
   }
   std::atomic<int64_t> ticket{0};
 #pragma omp parallel num_threads(threads)
   {
-    // Kept from call to call: a step that repeats allocates nothing.
-    static thread_local Memory memory;
-    if (int64_t(memory.lines.size()) < longest) memory.lines.resize(longest);
-    if (memory.chunks.empty()) memory.chunks.resize(kChunkBuffers * kChunk * sizeof(double));
-    ThreadBuffers buffers{memory.lines.data(), memory.chunks.data()};
+    static thread_local ThreadMemory memory;
+    ThreadBuffers buffers = memory.reserve(needs);
     for (int64_t i = ticket.fetch_add(1); i < count; i = ticket.fetch_add(1)) {
       const Item& item = items[i];
       Tensor& t = tensors[item.tensor];
@@ -103,13 +130,14 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
       Progress& p = progress[item.tensor];
       switch (item.kind) {
         case kWhole:
-          for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.stats(t, r, slab, scratch, buffers);
-          kernels.finalize(t, r, scratch);
-          for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.update_rms(t, r, slab, scratch, buffers);
-          kernels.measure(t, r, scratch);
-          for (int64_t slab = t.slabs - 1; slab >= 0; --slab) kernels.apply(t, r, slab, scratch, buffers);
+          for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.stats(t, r, slab, buffers.whole, buffers);
+          kernels.finalize(t, r, buffers.whole);
+          for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.update_rms(t, r, slab, buffers.whole, buffers);
+          kernels.measure(t, r, buffers.whole);
+          for (int64_t slab = t.slabs - 1; slab >= 0; --slab) kernels.apply(t, r, slab, buffers.whole, buffers);
           break;
         case kStats:
+          if (t.after >= 0) wait_for(progress[t.after].apply_left, 0);
           kernels.stats(t, r, item.slab, scratch, buffers);
           p.stats_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
@@ -132,6 +160,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
         case kApply:
           wait_for(p.measured, 1);
           kernels.apply(t, r, item.slab, scratch, buffers);
+          p.apply_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kAccumulate:
           kernels.accumulate(t, r, item.slab, buffers);

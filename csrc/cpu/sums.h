@@ -1,4 +1,4 @@
-// Slabs, and the sums of a tensor: where they lie in the scratch and how they are taken. Part of kernels.cpp.
+// Slabs, and the sums of a tensor: where they lie and what they are called. Part of kernels.cpp.
 
 #ifndef FUSED_ADAFACTOR_CPU_SUMS_H
 #define FUSED_ADAFACTOR_CPU_SUMS_H
@@ -33,44 +33,53 @@ inline Lines lines_of(const Tensor& t, int64_t slab) {
   return {begin, least(first + t.rows, begin + t.lines_per_slab)};
 }
 
+// How far torch.optim's clamp, v >= eps1², reaches into a matrix.
+enum class Clamp { kNowhere, kSomeLines, kEveryLine, kEverywhere };
+
+// What is known of one matrix once its lines have been read.
+template <class M>
+struct Matrix {
+  int64_t first;    // number of its first line
+  Clamp* clamp;
+  M* norm;
+  M* largest;       // largest finite factor
+  M* line;          // [rows]  new second moments of the lines
+  M* cross;         // [cols]  Σ g² across the lines, then the new second moments there
+  M* factor;        // [cols]  Σ num² / line, then 1 / sqrt(cross)
+
+  static int64_t bytes(const Tensor& t) { return (64 + int64_t(sizeof(M)) * (t.rows + 2 * t.cols) + 63) / 64 * 64; }
+
+  Matrix(const Tensor& t, int64_t number, char* at) : first(number * t.rows) {
+    clamp = reinterpret_cast<Clamp*>(at);
+    norm = reinterpret_cast<M*>(at + 16);
+    largest = reinterpret_cast<M*>(at + 32);
+    line = reinterpret_cast<M*>(at + 64);
+    cross = line + t.rows;
+    factor = cross + t.cols;
+  }
+
+  // 1 / sqrt(line / norm): what is the line's in 1 / sqrt(v).
+  M line_factor(int64_t number) const { return M(1) / std::sqrt(line[number - first] / *norm); }
+};
+
 // The sums of a tensor in the scratch. Python reserves the same bytes: see _scratch_bytes in backends/cpp.py.
 template <class M>
 struct Sums {
-  double* slab;   // [slabs, 3]  Σ g², Σ p², Σ u²
-  M* line;        // [batch, rows]  new second moments of the lines
-  M* cross;       // [batch, cols]  those across
-  M* factor;      // [batch, cols]  1 / sqrt(cross)
-  M* norm;        // [batch]
-  M* largest;     // [batch]  largest factor of a matrix
-  M* partial;     // [slabs, 2, cols]  Σ g² and Σ num² / line of a slab; only where a matrix has several slabs
+  double* slab;     // [slabs, 3]  Σ g², Σ p², Σ u²
+  char* matrices;   // [batch] Matrix, where they are kept between the sweeps
+  M* partial;       // [slabs, 2, cols]  Σ g² and Σ num² / line of a slab, where a matrix has several
 
   Sums(const Tensor& t, void* scratch) {
     char* at = static_cast<char*>(scratch) + t.scratch;
     slab = reinterpret_cast<double*>(at);
-    line = reinterpret_cast<M*>(slab + 3 * t.slabs);
-    cross = line + t.batch * t.rows;
-    factor = cross + t.batch * t.cols;
-    norm = factor + t.batch * t.cols;
-    largest = norm + t.batch;
-    partial = largest + t.batch;
+    matrices = at + (24 * t.slabs + 63) / 64 * 64;
+    partial = reinterpret_cast<M*>(matrices + t.batch * Matrix<M>::bytes(t));
+  }
+
+  Matrix<M> matrix(const Tensor& t, int64_t number) const {
+    return Matrix<M>(t, number, matrices + number * Matrix<M>::bytes(t));
   }
 };
-
-inline bool is_factored(const Tensor& t) { return t.factored != 0; }
-
-// 1 / sqrt(line / norm): what is the line's in 1 / sqrt(v).
-template <class M>
-M line_factor(const Tensor& t, const Sums<M>& s, int64_t line) {
-  return M(1) / std::sqrt(s.line[line] / s.norm[line / t.rows]);
-}
-
-// The largest of an array.
-template <class M>
-M largest_of(const M* x, int64_t n) {
-  M largest = x[0];
-  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
-}
 
 }  // namespace
 }  // namespace FA_ISA

@@ -4,6 +4,7 @@
 #define FUSED_ADAFACTOR_CPU_UPDATE_H
 
 #include "sums.h"
+#include "tiny.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -17,9 +18,23 @@ struct Chunk {
   }
 };
 
-// Lines whose sums across are added together; fewer where so many would not stay in a core's cache.
-inline int64_t block_lines(const Tensor& t) {
-  return most(1, least(kBlockLines, kBlockElements / most(1, t.cols)));
+// Calls f(line, column, n) for the lines in chunks of at most kChunk elements: parts of a line, several lines of a
+// matrix that are short, or whole tiny matrices.
+template <class F>
+void for_each_chunk(const Tensor& t, Lines lines, F f) {
+  if (t.form != kTiny && t.cols <= kChunk / 2 && t.form != kUnfactored) {
+    const int64_t together = kChunk / t.cols;
+    for (int64_t line = lines.begin; line < lines.end; line += together) {
+      f(line, int64_t(0), least(together, lines.end - line) * t.cols);
+    }
+    return;
+  }
+  const int64_t size = t.matrix_rows * t.matrix_cols;
+  const int64_t chunk = t.form == kTiny ? kChunk / size * size : kChunk;
+  for (int64_t line = lines.begin; line < lines.end; ++line) {
+    const int64_t length = line_length(t, line);
+    for (int64_t j = 0; j < length; j += chunk) f(line, j, least(chunk, length - j));
+  }
 }
 
 template <class M>
@@ -91,63 +106,85 @@ const M* numerator(const Tensor& t, const Rule& r, const M* grad, int64_t k, int
   return num;
 }
 
-// 1 / sqrt(v), at most 1 / eps1 under the clamp. Unfactored: `var` then holds the new second moment.
+// 1 / sqrt(v) by the factors of a line, or of several whole ones.
 template <class M>
-void inverse_root(const Tensor& t, const Rule& r, const Sums<M>& s, const M* grad, int64_t line, int64_t column,
-                  int64_t n, M* out, M* var, M* spare) {
-  if (is_factored(t)) {
-    const M of_line = line_factor(t, s, line);
-    const M* factor = s.factor + line / t.rows * t.cols + column;
-    for (int64_t i = 0; i < n; ++i) out[i] = of_line * factor[i];
-  } else {
-    const int64_t k = line * t.cols + column;
-    const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
-    const M beta2 = M(r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
-    for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2);
-    if (t.moment_dtype != DtypeOf<M>::value) {
-      for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
-    }
-    for (int64_t i = 0; i < n; ++i) out[i] = M(1) / std::sqrt(var[i]);
+void factored_roots(const Tensor& t, const Matrix<M>& matrix, int64_t line, int64_t column, int64_t n, M* root) {
+  const M* factor = matrix.factor + column;
+  const int64_t length = least(n, t.cols), lines = n / length;
+  M of_line[kChunk];
+  for (int64_t l = 0; l < lines; ++l) of_line[l] = matrix.line_factor(line + l);
+  for (int64_t l = 0; l < lines; ++l) {
+    for (int64_t j = 0; j < length; ++j) root[l * length + j] = of_line[l] * factor[j];
   }
-  if (r.eps1_rule == kEps1Clamp) {
-    const M most = M(1) / M(r.eps1);
-    for (int64_t i = 0; i < n; ++i) out[i] = out[i] > most ? most : out[i];
+}
+
+// 1 / sqrt(v) by the new second moment of each element, which goes into `var`.
+template <class M>
+void unfactored_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M* root, M* var, M* spare) {
+  const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
+  const M beta2 = M(r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
+  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2);
+  if (t.moment_dtype != DtypeOf<M>::value) {
+    for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
   }
+  for (int64_t i = 0; i < n; ++i) root[i] = M(1) / std::sqrt(var[i]);
+}
+
+// The largest 1 / sqrt(v): 1 / eps1 under torch.optim's clamp.
+template <class M>
+M most_root(const Rule& r) {
+  return r.eps1_rule == kEps1Clamp ? M(1) / M(r.eps1) : M(INFINITY);
 }
 
 // What a chunk of the update leaves behind for apply to store.
 template <class M>
 struct Update {
   const M* grad;
+  const M* num;     // what is divided by the root of v
   const M* value;   // u before clipping
   M* exp_avg;       // new average of the gradient, if momentum is there
   M* var;           // new second moment, if unfactored
   M* var_max;       // new maximum, if AMSGrad
 };
 
+// The update of one chunk. `matrix` is that of its lines, or nothing; where `stores`, the new second moments of tiny
+// matrices are written on the way.
 template <class M>
-Update<M> update_of(const Tensor& t, const Rule& r, const Sums<M>& s, int64_t line, int64_t column, int64_t n,
-                    Chunk<M>& c) {
+Update<M> update_of(const Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line, int64_t column, int64_t n,
+                    Chunk<M>& c, bool stores) {
   const int64_t k = line * t.cols + column;
   Update<M> u{};
   u.grad = read_grad(t, r, k, n, c.buffer[0], c.buffer[1]);
   u.exp_avg = c.buffer[2];
   u.var = c.buffer[3];
   u.var_max = c.buffer[4];
-  const M* num = numerator(t, r, u.grad, k, n, c.buffer[1], u.exp_avg, c.buffer[5]);
+  u.num = numerator(t, r, u.grad, k, n, c.buffer[1], u.exp_avg, c.buffer[5]);
   M* root = c.buffer[6];
-  inverse_root(t, r, s, u.grad, line, column, n, root, u.var, c.buffer[5]);
+  if (t.form == kUnfactored) {
+    unfactored_roots(t, r, u.grad, k, n, root, u.var, c.buffer[5]);
+  } else if (t.form == kTiny) {
+    tiny_roots(t, r, u.grad, k, n, root, stores);
+  } else {
+    factored_roots(t, *matrix, line, column, n, root);
+  }
+  if (r.eps1_rule == kEps1Clamp) {
+    const M most = most_root<M>(r);
+    for (int64_t i = 0; i < n; ++i) root[i] = root[i] > most ? most : root[i];
+  }
   M* value = c.buffer[7];
   if (r.amsgrad) {
     const M* old = read(t, t.state_strides, t.var_max, t.moment_dtype, k, n, c.buffer[5]);
     const M scale = M(r.amsgrad_scale), eps1 = M(r.eps1);
     for (int64_t i = 0; i < n; ++i) {
       const M v = M(1) / (root[i] * root[i]);
-      u.var_max[i] = stored(old[i] > v ? old[i] : v, t.moment_dtype);
-      value[i] = num[i] / (std::sqrt(u.var_max[i] * scale) + eps1);
+      u.var_max[i] = old[i] > v ? old[i] : v;
     }
+    if (t.moment_dtype != DtypeOf<M>::value) {
+      for (int64_t i = 0; i < n; ++i) u.var_max[i] = stored(u.var_max[i], t.moment_dtype);
+    }
+    for (int64_t i = 0; i < n; ++i) value[i] = u.num[i] / (std::sqrt(u.var_max[i] * scale) + eps1);
   } else {
-    for (int64_t i = 0; i < n; ++i) value[i] = num[i] * root[i];
+    for (int64_t i = 0; i < n; ++i) value[i] = u.num[i] * root[i];
   }
   u.value = value;
   return u;

@@ -27,10 +27,10 @@ from fused_adafactor.rule import (
     Rule,
     Scalars,
 )
-from fused_adafactor.slabs import Geometry, ItemKind, geometry_of, items_of
+from fused_adafactor.slabs import Form, Geometry, ItemKind, geometry_of, is_whole, items_of
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 ISAS = ("portable", "avx2", "avx512")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
@@ -62,7 +62,8 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_int64 * _MAX_DIMS) for name in ("sizes", "strides", "state_strides")),
         ("logical", ctypes.c_int64 * _MAX_DIMS),
         *((name, ctypes.c_int64) for name in ("numel", "batch", "rows", "cols")),
-        *((name, ctypes.c_int32) for name in ("ndim", "factored", "swapped", "skip")),
+        *((name, ctypes.c_int64) for name in ("matrix_rows", "matrix_cols")),
+        *((name, ctypes.c_int32) for name in ("ndim", "form", "swapped", "skip")),
         *((name, ctypes.c_int32) for name in ("param_dtype", "grad_dtype", "moment_dtype")),
         *((name, ctypes.c_int32) for name in ("exp_avg_dtype", "math_dtype", "param_index")),
         *((name, ctypes.c_double) for name in ("grad_scale", "grad_factor")),
@@ -70,7 +71,7 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("var_max", "exp_avg", "compensation", "average")),
         ("accumulator", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
-        ("scratch", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("scratch", "after")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
         *((name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")),
         ("update_sq", ctypes.c_double),
@@ -132,7 +133,7 @@ def run(phases: Sequence[Phase], bindings: Sequence[Binding]) -> None:
     call = [b for b in bindings if b.planned.launch is not Launch.EMPTY]
     if call:
         if Phase.STATS in phases:
-            batch = _Batch(call)
+            batch = _Batch(call, in_one_go=Phase.APPLY in phases)
             for b in call:
                 b.scratch = batch
         batch = call[0].scratch
@@ -150,7 +151,7 @@ def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
             if b.accumulator is not None:
                 b.accumulator.zero_()
     kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
-    batch = _Batch(call)
+    batch = _Batch(call, in_one_go=True)
     batch.execute(
         (kind, number, slab)
         for number, geometry in enumerate(batch.geometries)
@@ -161,7 +162,7 @@ def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
 class _Batch:
     """Tensors in the library's records, with the memory for their sums."""
 
-    def __init__(self, bindings: Sequence[Binding]) -> None:
+    def __init__(self, bindings: Sequence[Binding], in_one_go: bool) -> None:
         self.bindings = bindings
         self.geometries = [_geometry(b) for b in bindings]
         self.tensors = (_Tensor * len(bindings))()
@@ -180,8 +181,10 @@ class _Batch:
                 rules[key] = len(records)
                 records.append(_rule_record(b, eps1))
             record.rule = rules[key]
-            record.scratch = scratch
-            scratch += _scratch_bytes(geometry, b)
+            record.after = -1
+            if not (in_one_go and is_whole(geometry)):
+                record.scratch = scratch
+                scratch += _scratch_bytes(geometry, b)
         self.rules = (_Rule * len(records))(*records)
         self.scratch = torch.empty(scratch, dtype=torch.uint8)
 
@@ -279,14 +282,20 @@ def _seed(b: Binding) -> int:
 
 
 def _scratch_bytes(geometry: Geometry, b: Binding) -> int:
-    """Bytes of ``Sums`` in kernels.cpp, rounded up to a cache line."""
-    if b.planned.spec.view is None:
-        return -(-24 * geometry.slabs // 64) * 64
-    lines, cols = geometry.batch * geometry.rows, geometry.batch * geometry.cols
-    partial = 2 * geometry.slabs * geometry.cols if geometry.lines_per_slab < geometry.rows else 0
+    """Bytes of ``Sums`` in csrc/cpu/sums.h."""
+    sums = _cache_lines(24 * geometry.slabs)
+    if geometry.form is not Form.FACTORED:
+        return sums
     size = 8 if b.planned.spec.math_dtype is torch.float64 else 4
-    total = 24 * geometry.slabs + size * (lines + 2 * cols + 2 * geometry.batch + partial)
-    return -(-total // 64) * 64
+    matrix = _cache_lines(64 + size * (geometry.rows + 2 * geometry.cols))
+    partial = 0
+    if geometry.lines_per_slab < geometry.rows:
+        partial = _cache_lines(2 * size * geometry.slabs * geometry.cols)
+    return sums + geometry.batch * matrix + partial
+
+
+def _cache_lines(size: int) -> int:
+    return -(-size // 64) * 64
 
 
 def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
@@ -296,7 +305,8 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.numel = spec.numel
     record.batch, record.rows, record.cols = geometry.batch, geometry.rows, geometry.cols
     record.ndim = len(geometry.sizes)
-    record.factored = spec.view is not None
+    record.form = geometry.form
+    record.matrix_rows, record.matrix_cols = geometry.matrix
     record.swapped = geometry.swapped
     record.param_dtype = _DTYPES[spec.param_dtype]
     record.grad_dtype = _DTYPES[spec.grad_dtype]

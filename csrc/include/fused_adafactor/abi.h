@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -19,7 +19,16 @@ enum MomentumSite : int32_t { kNoMomentum = 0, kMomentumGrad = 1, kMomentumUpdat
 enum DecayFactor : int32_t { kNoDecay = 0, kDecayAlpha = 1, kDecayLr = 2, kDecayOne = 3 };
 enum Rounding : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2 };
 
-// What an item does. A tensor that fits a core's cache is one kWhole item; others are cut in slabs of lines.
+// How the second moments of a tensor come about; see slabs.py.
+enum Form : int32_t {
+  kUnfactored = 0,  // one for each element
+  kFactored = 1,    // matrices whose sums are kept between the sweeps
+  kSmall = 2,       // a slab holds whole matrices, and every sweep takes their sums anew from a core's cache
+  kTiny = 3,        // matrices of a few elements, many to a chunk
+};
+
+// What an item does. A tensor that fits a core's cache is one kWhole item, whose sums are in memory of its thread;
+// others are cut in slabs of lines.
 enum ItemKind : int32_t {
   kWhole = 0,
   kStats = 1,
@@ -54,14 +63,16 @@ struct Rule {
 //
 // Elements are numbered k = 0 .. numel-1, row-major over `sizes`, which are the dimensions of the view [..., n, m] (or
 // of the parameter, where the view is a reshape of it), merged where that changes nothing. Line number l, of `cols`
-// elements, starts at k = l * cols.
+// elements, starts at k = l * cols. A line is a row of a matrix, or a column of it (`swapped`); of an unfactored tensor
+// and of tiny matrices it is any run of elements.
 struct Tensor {
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxDims];        // of the parameter and its gradient, in elements
   int64_t state_strides[kMaxDims];  // of everything full-size in the state
   int64_t logical[kMaxDims];        // of the row-major index in the parameter, the key of stochastic rounding
   int64_t numel, batch, rows, cols;
-  int32_t ndim, factored;
+  int64_t matrix_rows, matrix_cols;  // of tiny matrices
+  int32_t ndim, form;
   int32_t swapped;            // lines are the columns of the view: line_var is col_var, cross_var is row_var
   int32_t skip;               // nothing may be written
   int32_t param_dtype, grad_dtype, moment_dtype, exp_avg_dtype;
@@ -82,6 +93,7 @@ struct Tensor {
   int64_t rule;               // index into the rules
   int64_t slabs, lines_per_slab;
   int64_t scratch;            // offset of its sums in the scratch, in bytes
+  int64_t after;              // number of the tensor whose scratch it takes over once that is applied, or -1
   int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
   // Results, written by the library.
   double grad_sq, param_rms, alpha, update_rms;

@@ -1,0 +1,129 @@
+// The loops that nearly all bytes go through: float32 and bfloat16 lines, straight from memory. Part of kernels.cpp.
+//
+// A core reads memory at its full rate only where it reads at several places at once, so lines are read a block at a
+// time; the parameter is read while the columns of the block are added, which come from the core's cache.
+
+#ifndef FUSED_ADAFACTOR_CPU_PLAIN_H
+#define FUSED_ADAFACTOR_CPU_PLAIN_H
+
+#include "vector.h"
+
+namespace fused_adafactor {
+namespace FA_ISA {
+namespace {
+
+constexpr int64_t kFlush = 2048;  // columns after which the lanes of a sum are added up
+
+// sum[l] = Σ g² of L lines.
+template <int L, class G>
+void square_lines(const G* const* grad, float scale, int64_t n, float* sum) {
+  double total[L] = {};
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    const int64_t end = least(n, begin + kFlush);
+    Floats lanes[L] = {};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      for (int l = 0; l < L; ++l) {
+        const Floats g = load(grad[l] + j) * scale;
+        lanes[l] += g * g;
+      }
+    }
+    for (int l = 0; l < L; ++l) {
+      float rest = 0;
+      for (int64_t i = j; i < end; ++i) {
+        const float g = load_element(grad[l] + i) * scale;
+        rest += g * g;
+      }
+      total[l] += double(sum_of(lanes[l]) + rest);
+    }
+  }
+  for (int l = 0; l < L; ++l) sum[l] = float(total[l]);
+}
+
+// across += Σ g², weighted += Σ g² / line over L lines; returns Σ p² of them, if that is wanted.
+template <int L, bool WithParam, class P, class G>
+double add_lines(const G* const* grad, const P* const* param, const float* inverse, float scale, int64_t n,
+                 float* across, float* weighted) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    const int64_t end = least(n, begin + kFlush);
+    Floats lanes[2] = {};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      Floats a{}, w{};
+      for (int l = 0; l < L; ++l) {
+        const Floats g = load(grad[l] + j) * scale;
+        const Floats square = g * g;
+        a += square;
+        w += square * inverse[l];
+        if (WithParam) {
+          const Floats p = load(param[l] + j);
+          lanes[l % 2] += p * p;
+        }
+      }
+      store(across + j, load(across + j) + a);
+      store(weighted + j, load(weighted + j) + w);
+    }
+    float rest = 0;
+    for (; j < end; ++j) {
+      for (int l = 0; l < L; ++l) {
+        const float g = load_element(grad[l] + j) * scale;
+        across[j] += g * g;
+        weighted[j] += g * g * inverse[l];
+        if (WithParam) rest += load_element(param[l] + j) * load_element(param[l] + j);
+      }
+    }
+    total += double(sum_of(lanes[0] + lanes[1]) + rest);
+  }
+  return total;
+}
+
+// Σ u² of a line under the clamp; where it corrects, less what the identity has counted for it.
+template <class G>
+double measure_line(const G* grad, const float* factor, float of_line, float most, float scale, int64_t n,
+                    bool corrects) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    const int64_t end = least(n, begin + kFlush);
+    Floats kept{}, counted{};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      const Floats g = load(grad + j) * scale, root = load(factor + j) * of_line;
+      const Floats u = g * least(root, most);
+      kept += u * u;
+      // An infinite factor is that of an all-zero column, which the identity leaves out.
+      const Floats without_clamp = g * (root > 3e38f ? Floats{} : root);
+      counted += without_clamp * without_clamp;
+    }
+    float rest = 0;
+    for (; j < end; ++j) {
+      const float g = load_element(grad + j) * scale, root = factor[j] * of_line;
+      const float u = g * (root > most ? most : root), without_clamp = g * (root > 3e38f ? 0.0f : root);
+      rest += corrects ? u * u - without_clamp * without_clamp : u * u;
+    }
+    total += double(sum_of(kept) - (corrects ? sum_of(counted) : 0.0f) + rest);
+  }
+  return total;
+}
+
+// p = decay p - step u, u = g / sqrt(v).
+template <class P, class G>
+void apply_line(P* param, const G* grad, const float* factor, float of_line, float most, float scale, float decay,
+                float step, int64_t n) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const Floats u = (load(grad + j) * scale) * least(load(factor + j) * of_line, most);
+    store(param + j, load(param + j) * decay - u * step);
+  }
+  for (; j < n; ++j) {
+    const float root = factor[j] * of_line;
+    const float u = (load_element(grad + j) * scale) * (root > most ? most : root);
+    store_element(param + j, load_element(param + j) * decay - u * step);
+  }
+}
+
+}  // namespace
+}  // namespace FA_ISA
+}  // namespace fused_adafactor
+
+#endif  // FUSED_ADAFACTOR_CPU_PLAIN_H
