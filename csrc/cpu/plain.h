@@ -14,6 +14,10 @@ namespace {
 
 constexpr int64_t kFlush = 2048;  // columns after which the lanes of a sum are added up
 
+// How far ahead of a block of lines its streams are asked for, and of a line that is written. The hardware does it too,
+// but stops at the end of a page.
+constexpr int64_t kAheadOfBlock = 512, kAheadOfLine = 2048;  // bytes
+
 // sum[l] = Σ g² of L lines.
 template <int L, class G>
 void square_lines(const G* const* grad, float scale, int64_t n, float* sum) {
@@ -24,6 +28,7 @@ void square_lines(const G* const* grad, float scale, int64_t n, float* sum) {
     int64_t j = begin;
     for (; j + kLanes <= end; j += kLanes) {
       for (int l = 0; l < L; ++l) {
+        ask_for(grad[l] + j, kAheadOfBlock);
         const Floats g = load(grad[l] + j) * scale;
         lanes[l] += g * g;
       }
@@ -57,6 +62,7 @@ double add_lines(const G* const* grad, const P* const* param, const float* inver
         a += square;
         w += square * inverse[l];
         if (WithParam) {
+          ask_for(param[l] + j, kAheadOfBlock);
           const Floats p = load(param[l] + j);
           lanes[l % 2] += p * p;
         }
@@ -112,6 +118,8 @@ void apply_line(P* param, const G* grad, const float* factor, float of_line, flo
                 float step, int64_t n) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
+    ask_for(grad + j, kAheadOfLine);
+    ask_for(param + j, kAheadOfLine);
     const Floats u = (load(grad + j) * scale) * least(load(factor + j) * of_line, most);
     store(param + j, load(param + j) * decay - u * step);
   }

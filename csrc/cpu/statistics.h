@@ -32,12 +32,19 @@ auto by_dtypes(const Tensor& t, F f) {
 
 inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
 
-// New second moment of a line from its Σ g².
+// New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
 template <class M>
-M new_line(const Tensor& t, const Rule& r, M sum, int64_t line) {
-  if (r.eps1_rule == kEps1Add) sum += M(t.cols) * M(r.eps1);
-  const M value = r.sums ? sum : sum / M(t.cols);
-  return stored(new_moment(load_one<M>(t.line_var, t.moment_dtype, line), value, M(r.beta2)), t.moment_dtype);
+void new_moments(const Tensor& t, const Rule& r, const void* var, int64_t first, int64_t count, int64_t reduced, M* sums) {
+  const M beta2 = M(r.beta2), rest = M(1) - M(r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
+  const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
+  for (int64_t i = 0; i < count; i += kChunk) {
+    M old[kChunk];
+    const int64_t n = least(kChunk, count - i);
+    convert_from(old, var, t.moment_dtype, first + i, 1, n);
+    for (int64_t j = 0; j < n; ++j) sums[i + j] = beta2 * old[j] + rest * ((sums[i + j] + added) * by);
+    if (t.moment_dtype == DtypeOf<M>::value) continue;
+    for (int64_t j = 0; j < n; ++j) sums[i + j] = stored(sums[i + j], t.moment_dtype);
+  }
 }
 
 // What Σ u² is weighted with; 0 for a line that has never seen anything but zeros.
@@ -57,9 +64,11 @@ struct LineSums {
   double grad_sq, param_sq;
 };
 
+// The sums of g² of some lines become their second moments, unless it is too early for that; returns them inverted.
 template <class M>
-M line_from(const Tensor& t, const Rule& r, const LineSums<M>& s, M sum, int64_t line) {
-  return s.raw ? sum : new_line(t, r, sum, line);
+void set_lines(const Tensor& t, const Rule& r, const LineSums<M>& s, int64_t line, int64_t count, M* sums, M* inverse) {
+  if (!s.raw) new_moments(t, r, t.line_var, line, count, t.cols, sums);
+  for (int64_t l = 0; l < count; ++l) inverse[l] = inverse_of(sums[l]);
 }
 
 template <int L, bool WithParam, class P, class G>
@@ -67,19 +76,16 @@ void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, in
                      float* of_line) {
   const G* g[L];
   const P* p[L];
-  float sum[L], inverse[L];
+  float inverse[L];
   for (int l = 0; l < L; ++l) {
     const int64_t offset = offset_of(t, t.strides, (line + l) * t.cols);
     g[l] = grad + offset;
     p[l] = param + offset;
   }
   const float scale = scale_of_grad(t);
-  square_lines<L>(g, scale, t.cols, sum);
-  for (int l = 0; l < L; ++l) {
-    s.grad_sq += double(sum[l]);
-    of_line[l] = line_from(t, r, s, sum[l], line + l);
-    inverse[l] = inverse_of(of_line[l]);
-  }
+  square_lines<L>(g, scale, t.cols, of_line);
+  for (int l = 0; l < L; ++l) s.grad_sq += double(of_line[l]);
+  set_lines(t, r, s, line, L, of_line, inverse);
   s.param_sq += add_lines<L, WithParam>(g, p, inverse, scale, t.cols, s.across, s.weighted);
 }
 
@@ -118,9 +124,10 @@ void add_converted_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M
       }
     }
     if (r.clip_value < 0) s.grad_sq += sum;
-    M& of_line = s.line[line - lines.begin];
-    of_line = line_from(t, r, s, M(sum), line);
-    const M inverse = inverse_of(of_line);
+    M* of_line = s.line + (line - lines.begin);
+    *of_line = M(sum);
+    M inverse;
+    set_lines(t, r, s, line, 1, of_line, &inverse);
     const M* x = averaged ? num : grad;
     for (int64_t j = 0; j < t.cols; ++j) {
       s.across[j] += grad[j] * grad[j];
@@ -129,48 +136,48 @@ void add_converted_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M
   }
 }
 
-// Short lines, a group of them side by side.
+// Short lines, side by side.
 template <class M>
 void add_narrow_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
   Chunk<M> c(buffers);
-  M grad[kNarrow * kGroup], num[kNarrow * kGroup];
-  M across[kNarrow * kGroup] = {}, weighted[kNarrow * kGroup] = {};
   const bool averaged = r.momentum == kMomentumGrad;
-  for (int64_t line = lines.begin; line < lines.end; line += kGroup) {
-    const int64_t lanes = least(kGroup, lines.end - line), k = line * t.cols, n = lanes * t.cols;
+  const int64_t together = kChunk / t.cols / kLanes * kLanes;
+  M grad[kLanesOfChunk], num[kLanesOfChunk], sum[kChunk], inverse[kChunk];
+  for (int64_t line = lines.begin; line < lines.end; line += together) {
+    const int64_t lanes = least(together, lines.end - line), k = line * t.cols, n = lanes * t.cols;
+    const int64_t stride = stride_of(lanes);
+    ask_for_more(t, k);
     const M* g = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &s.grad_sq);
     if (r.clip_value < 0) s.grad_sq += double(sum_of_squares(g, n));
-    to_lanes(g, t.cols, lanes, grad);
-    if (averaged) to_lanes(numerator(t, r, g, k, n, c.buffer[1], c.buffer[2], c.buffer[5]), t.cols, lanes, num);
+    to_lanes(g, t.cols, lanes, t.numel - k, grad);
+    if (averaged) {
+      to_lanes(numerator(t, r, g, k, n, c.buffer[1], c.buffer[2], c.buffer[5]), t.cols, lanes, n, num);
+    }
     if (s.with_param) {
       s.param_sq += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[3]), n));
     }
-    M sum[kGroup] = {}, inverse[kGroup] = {};
-    for (int64_t j = 0; j < t.cols; ++j) {
-      for (int64_t l = 0; l < kGroup; ++l) sum[l] += grad[j * kGroup + l] * grad[j * kGroup + l];
+    for (int64_t l = 0; l < stride; l += lanes_of<M>) {
+      Vector<M> total{};
+      for (int64_t j = 0; j < t.cols; ++j) {
+        const Vector<M> x = load(grad + j * stride + l);
+        total += x * x;
+      }
+      store(sum + l, total);
     }
-    for (int64_t l = 0; l < lanes; ++l) {
-      M& of_line = s.line[line + l - lines.begin];
-      of_line = line_from(t, r, s, sum[l], line + l);
-      inverse[l] = inverse_of(of_line);
-    }
+    set_lines(t, r, s, line, lanes, sum, inverse);
+    for (int64_t l = lanes; l < stride; ++l) inverse[l] = M(0);
+    memcpy(s.line + (line - lines.begin), sum, lanes * sizeof(M));
     const M* x = averaged ? num : grad;
     for (int64_t j = 0; j < t.cols; ++j) {
-      for (int64_t l = 0; l < kGroup; ++l) {
-        const int64_t i = j * kGroup + l;
-        across[i] += grad[i] * grad[i];
-        weighted[i] += x[i] * x[i] * inverse[l];
+      Vector<M> a{}, w{};
+      for (int64_t l = j * stride; l < (j + 1) * stride; l += lanes_of<M>) {
+        const Vector<M> g_here = load(grad + l), x_here = load(x + l);
+        a += g_here * g_here;
+        w += x_here * x_here * load(inverse + (l - j * stride));
       }
+      s.across[j] += sum_of(a);
+      s.weighted[j] += sum_of(w);
     }
-  }
-  for (int64_t j = 0; j < t.cols; ++j) {
-    double a = 0, w = 0;
-    for (int64_t l = 0; l < kGroup; ++l) {
-      a += double(across[j * kGroup + l]);
-      w += double(weighted[j * kGroup + l]);
-    }
-    s.across[j] += M(a);
-    s.weighted[j] += M(w);
   }
 }
 
@@ -179,7 +186,7 @@ template <class M>
 void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
   zero(s.across, t.cols);
   zero(s.weighted, t.cols);
-  if (t.cols <= kNarrow && lines.end - lines.begin >= kGroup) {
+  if (t.cols <= kNarrow && lines.end - lines.begin > 1) {
     add_narrow_lines(t, r, lines, s, buffers);
     return;
   }
@@ -195,22 +202,42 @@ void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, T
   add_converted_lines(t, r, lines, s, buffers);
 }
 
-// How far the clamp reaches, from the smallest and the largest factors; an infinite one belongs to zeros only.
+// The smallest and the largest of those numbers that are above 0.
 template <class M>
-Clamp clamp_of(const Tensor& t, const Rule& r, const Matrix<M>& m) {
-  if (r.eps1_rule != kEps1Clamp) return Clamp::kNowhere;
-  const M most = most_root<M>(r);
-  M smallest_factor = M(INFINITY), smallest_line = M(INFINITY), largest_line = M(0);
-  for (int64_t j = 0; j < t.cols; ++j) smallest_factor = m.factor[j] < smallest_factor ? m.factor[j] : smallest_factor;
-  for (int64_t l = 0; l < t.rows; ++l) {
-    if (!(m.line[l] > M(0))) continue;
-    smallest_line = m.line[l] < smallest_line ? m.line[l] : smallest_line;
-    largest_line = m.line[l] > largest_line ? m.line[l] : largest_line;
+struct Range {
+  M smallest = M(INFINITY), largest = M(0);
+
+  Range(const M* x, int64_t n) {
+    Vector<M> low = Vector<M>{} + smallest, high{};
+    int64_t i = 0;
+    for (; i + lanes_of<M> <= n; i += lanes_of<M>) {
+      const Vector<M> here = load(x + i);
+      low = (here > M(0)) & (here < low) ? here : low;
+      high = here > high ? here : high;
+    }
+    for (int64_t l = 0; l < lanes_of<M>; ++l) add(low[l]), add(high[l]);
+    for (; i < n; ++i) add(x[i]);
   }
-  const M smallest_root = M(1) / std::sqrt(largest_line / *m.norm), largest_root = M(1) / std::sqrt(smallest_line / *m.norm);
-  if (largest_root * *m.largest <= most) return Clamp::kNowhere;
-  if (smallest_root * smallest_factor >= most) return Clamp::kEverywhere;
-  return smallest_root * *m.largest > most ? Clamp::kEveryLine : Clamp::kSomeLines;
+
+ private:
+  void add(M value) {
+    if (value > M(0) && value < smallest) smallest = value;
+    if (value > largest && value < M(INFINITY)) largest = value;
+  }
+};
+
+// How far the clamp reaches, from the smallest and the largest second moments. A line of zeros is never clamped.
+template <class M>
+Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
+  if (r.eps1_rule != kEps1Clamp) return Clamp::kNowhere;
+  const Range<M> line(m.line, t.rows), cross(m.cross, t.cols);
+  const M most = most_root<M>(r), norm = *m.norm;
+  const M smallest_line = M(1) / std::sqrt(line.largest / norm), largest_line = M(1) / std::sqrt(line.smallest / norm);
+  const M smallest_factor = M(1) / std::sqrt(cross.largest), largest_factor = M(1) / std::sqrt(cross.smallest);
+  *m.largest = largest_factor;
+  if (largest_line * largest_factor <= most) return Clamp::kNowhere;
+  if (smallest_line * smallest_factor >= most) return Clamp::kEverywhere;
+  return smallest_line * largest_factor > most ? Clamp::kEveryLine : Clamp::kSomeLines;
 }
 
 // The factors of a matrix, from its line and cross sums; returns what these say of its Σ u². The rest of it, see
@@ -221,36 +248,22 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
   const M square = M(t.grad_factor) * M(t.grad_factor);
   const bool raw = r.norm_clipped && t.form == kFactored;
   if (raw) {
-    for (int64_t l = 0; l < t.rows; ++l) m.line[l] = new_line(t, r, m.line[l] * square, m.first + l);
+    for (int64_t l = 0; l < t.rows; ++l) m.line[l] *= square;
     for (int64_t j = 0; j < t.cols; ++j) m.cross[j] *= square;
+    new_moments(t, r, t.line_var, m.first, t.rows, t.cols, m.line);
   }
-  double grad_sq = 0;
-  for (int64_t j = 0; j < t.cols; ++j) grad_sq += double(m.cross[j]);
-  M* old = m.cross;
-  for (int64_t j = 0; j < t.cols; ++j) {
-    M sum = old[j];
-    if (r.eps1_rule == kEps1Add) sum += M(t.rows) * M(r.eps1);
-    const M value = r.sums ? sum : sum / M(t.rows);
-    const M var = load_one<M>(t.cross_var, t.moment_dtype, first + j);
-    m.cross[j] = stored(new_moment(var, value, M(r.beta2)), t.moment_dtype);
-  }
+  const double grad_sq = total_of(m.cross, t.cols);
+  new_moments(t, r, t.cross_var, first, t.cols, t.rows, m.cross);
   const M* row = t.swapped ? m.cross : m.line;
   const int64_t rows = t.swapped ? t.cols : t.rows;
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) total += double(row[i]);
+  const double total = total_of(row, rows);
   M norm = M(r.sums ? total : total / double(rows));
   if (r.eps1_rule == kEps1Clamp && norm < M(r.eps1)) norm = M(r.eps1);
   *m.norm = norm;
-  double share = 0;
-  for (int64_t j = 0; j < t.cols; ++j) {
-    share += m.cross[j] > M(0) ? double(m.factor[j]) / double(m.cross[j]) : 0.0;
-  }
-  M largest = M(0);
-  for (int64_t j = 0; j < t.cols; ++j) {
-    m.factor[j] = M(1) / std::sqrt(m.cross[j]);
-    largest = m.cross[j] > M(0) && m.factor[j] > largest ? m.factor[j] : largest;
-  }
-  *m.largest = largest;
+  for (int64_t j = 0; j < t.cols; ++j) m.factor[j] = m.cross[j] > M(0) ? m.factor[j] / m.cross[j] : M(0);
+  const double share = total_of(m.factor, t.cols);
+  memcpy(m.factor, m.cross, t.cols * sizeof(M));
+  inverse_roots(m.factor, t.cols);
   *m.clamp = clamp_of(t, r, m);
   if (r.amsgrad || raw) {
     *m.clamp = Clamp::kEveryLine;  // the identity does not hold, or was taken before its time
@@ -371,7 +384,10 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
     const int64_t k = line * t.cols + column;
     const M* grad = c.buffer[0];
-    if (t.measures && !r.norm_clipped) {
+    if (t.form == kTiny && t.measures && !r.norm_clipped && !r.amsgrad && r.momentum != kMomentumGrad) {
+      grad = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &sum[0]);
+      sum[2] += tiny_update_sq(t, r, grad, k, n, most_root<M>(r));
+    } else if (t.measures && !r.norm_clipped) {
       const Update<M> u = update_of<M>(t, r, nullptr, line, column, n, c, false);
       sum[2] += double(sum_of_squares(u.value, n));
       grad = u.grad;

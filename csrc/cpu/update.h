@@ -30,31 +30,24 @@ void for_each_chunk(const Tensor& t, Lines lines, F f) {
     return;
   }
   const int64_t size = t.matrix_rows * t.matrix_cols;
-  const int64_t chunk = t.form == kTiny ? kChunk / size * size : kChunk;
+  int64_t chunk = kChunk;
+  if (t.form == kTiny) {
+    chunk = (kChunk - kLanes) / size;  // leaves room for what from_lanes writes too much
+    if (chunk > kLanes) chunk -= chunk % kLanes;
+    chunk *= size;
+  }
   for (int64_t line = lines.begin; line < lines.end; ++line) {
     const int64_t length = line_length(t, line);
-    for (int64_t j = 0; j < length; j += chunk) f(line, j, least(chunk, length - j));
+    for (int64_t j = 0; j < length; j += chunk) {
+      ask_for_more(t, line * t.cols + j);
+      f(line, j, least(chunk, length - j));
+    }
   }
 }
 
 template <class M>
 bool grad_is_raw(const Tensor& t, const Rule& r) {
   return t.grad_scale == 1.0 && t.grad_factor == 1.0 && t.accumulator == nullptr && r.clip_value < 0;
-}
-
-template <class M>
-M sum_of_squares(const M* x, int64_t n) {
-  constexpr int kLanes = 64 / sizeof(M);
-  M lane[4 * kLanes] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4 * kLanes; ++j) lane[j] += x[i + j] * x[i + j];
-  }
-  for (int j = 0; i < n; ++i, ++j) lane[j] += x[i] * x[i];
-  for (int width = 2 * kLanes; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  }
-  return lane[0];
 }
 
 // g: unscaled, averaged over accumulated steps, clipped; `buffer` is used unless the raw gradient will do.
@@ -112,7 +105,8 @@ void factored_roots(const Tensor& t, const Matrix<M>& matrix, int64_t line, int6
   const M* factor = matrix.factor + column;
   const int64_t length = least(n, t.cols), lines = n / length;
   M of_line[kChunk];
-  for (int64_t l = 0; l < lines; ++l) of_line[l] = matrix.line_factor(line + l);
+  for (int64_t l = 0; l < lines; ++l) of_line[l] = matrix.line[line + l - matrix.first] / *matrix.norm;
+  inverse_roots(of_line, lines);
   for (int64_t l = 0; l < lines; ++l) {
     for (int64_t j = 0; j < length; ++j) root[l * length + j] = of_line[l] * factor[j];
   }
@@ -127,7 +121,8 @@ void unfactored_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, 
   if (t.moment_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
   }
-  for (int64_t i = 0; i < n; ++i) root[i] = M(1) / std::sqrt(var[i]);
+  for (int64_t i = 0; i < n; ++i) root[i] = var[i];
+  inverse_roots(root, n);
 }
 
 // The largest 1 / sqrt(v): 1 / eps1 under torch.optim's clamp.
