@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,16 @@ NAMES = {OURS, *TORCH_PATHS, YARDSTICK, *ROOFS}
 OPTIONAL = {c.name: c.needs for c in peers.candidates("reference") if c.needs is not None}
 
 
-@pytest.fixture(autouse=True)
-def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "CASES", TINY)
-
-
-@pytest.fixture(autouse=True)
-def no_optional_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small_bench() -> Iterator[None]:
+    """Tiny cases, and no peer that may or may not be installed."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: None if n in OPTIONAL.values() else find(n)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "CASES", TINY)
+        patch.setattr(
+            importlib.util, "find_spec", lambda n: None if n in OPTIONAL.values() else find(n)
+        )
+        yield
 
 
 def run_bench(*options: str) -> int:
@@ -52,10 +52,16 @@ def measured(path: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A record of three cases: one timed in float32, one in bfloat16, one that failed."""
-    right, path = bench.check_parity, tmp_path / "source.json"
+@pytest.fixture(scope="module")
+def found(small_bench: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A record that a run has written."""
+    return measured(tmp_path_factory.mktemp("new") / "deep" / "bench.json")
+
+
+@pytest.fixture(scope="module")
+def source(small_bench: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a record with a case timed in float32 and bfloat16, and one that failed."""
+    right, path = bench.check_parity, tmp_path_factory.mktemp("source") / "bench.json"
 
     def wrong_for_the_stack(case: Case, *rest: Any) -> Parity:
         return wrong() if case.name == "stack" else right(case, *rest)
@@ -70,8 +76,7 @@ def wrong(*args: object) -> Parity:
     return Parity(error=0.5, bound=1e-6)
 
 
-def test_record_says_what_ran_where(tmp_path: Path) -> None:
-    found = measured(tmp_path / "new" / "bench.json")
+def test_record_says_what_ran_where(found: dict[str, Any]) -> None:
     assert found["schema"] == 2
     assert found["versions"]["fused_adafactor"] == __version__
     assert found["versions"]["torch"] == torch.__version__
@@ -82,17 +87,16 @@ def test_record_says_what_ran_where(tmp_path: Path) -> None:
 
 
 def test_absent_peers_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(tmp_path / "bench.json")
+    found = measured(tmp_path / "bench.json", "--case", "stack")
     assert found["absent"] == {n: f"{needs} is not installed" for n, needs in OPTIONAL.items()}
     printed = capsys.readouterr().out
     for name, needs in OPTIONAL.items():
         assert f"not measured: {name}: {needs} is not installed" in printed
 
 
-def test_record_of_a_case(tmp_path: Path) -> None:
-    cases = measured(tmp_path / "bench.json")["cases"]
-    found = [(case["case"], case["group"], case["dtype"]) for case in cases]
-    assert found == [
+def test_record_of_a_case(found: dict[str, Any]) -> None:
+    cases = found["cases"]
+    assert [(case["case"], case["group"], case["dtype"]) for case in cases] == [
         ("tiny", "toy", "float32"),
         ("tiny", "toy", "bfloat16"),
         ("stack", "toy", "float32"),
@@ -109,8 +113,8 @@ def test_record_of_a_case(tmp_path: Path) -> None:
             assert step_time["rounds"] >= 5
 
 
-def test_ratios_and_floor_follow_from_the_medians(tmp_path: Path) -> None:
-    for case in measured(tmp_path / "bench.json")["cases"]:
+def test_ratios_and_floor_follow_from_the_medians(found: dict[str, Any]) -> None:
+    for case in found["cases"]:
         median = {name: step_time["median_ms"] for name, step_time in case["times"].items()}
         roof = min(ROOFS, key=lambda name: median[name])
         assert case["ratios"] == {
@@ -128,13 +132,13 @@ def test_ratios_and_floor_follow_from_the_medians(tmp_path: Path) -> None:
         }
 
 
-def test_record_has_the_memory_of_ours_and_torchs(tmp_path: Path) -> None:
-    case = measured(tmp_path / "bench.json")["cases"][0]
+def test_record_has_the_memory_of_ours_and_torchs(found: dict[str, Any]) -> None:
+    case = found["cases"][0]
     assert set(case["memory"]) == {OURS, *TORCH_PATHS}
-    for found in case["memory"].values():
+    for memory in case["memory"].values():
         # 6 rows, 5 columns and a vector of 7 in float32, and two step counts.
-        assert found["state_bytes"] == 4 * (6 + 5 + 7 + 2)
-        assert found["peak_bytes"] >= 0
+        assert memory["state_bytes"] == 4 * (6 + 5 + 7 + 2)
+        assert memory["peak_bytes"] > 0
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,8 +175,8 @@ def test_failed_parity_shows_no_time(
 
 
 def test_one_failed_parity_is_enough_to_fail(source: Path) -> None:
-    found = record.read(source)
-    assert [case.parity.passed for case in found.cases] == [True, True, False]
+    passed = [case.parity.passed for case in record.read(source).cases]
+    assert passed == [True, True, False]
 
 
 def test_from_shows_a_record_and_measures_nothing(
@@ -181,7 +185,7 @@ def test_from_shows_a_record_and_measures_nothing(
     def never(*args: object) -> None:
         raise AssertionError("measured")
 
-    measured(tmp_path / "bench.json")
+    measured(tmp_path / "bench.json", "--case", "stack")
     shown = capsys.readouterr().out
     monkeypatch.setattr(bench, "_measure", never)
     assert main(["bench", "--from", str(tmp_path / "bench.json")]) == 0

@@ -63,6 +63,7 @@ def measure_memory(
         state_bytes = _state_bytes(optimizer)
         return Memory(state_bytes, peak - state_bytes)
 
+    gc.collect()  # what others left would be given back in between
     return {candidate.name: of(candidate) for candidate in contestants}
 
 
@@ -73,7 +74,6 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _peak_of(work: Callable[[], None], device: torch.device) -> int:
     """Bytes at the worst moment, above what there was before."""
-    gc.collect()  # what others left would be given back in between
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
