@@ -53,8 +53,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_positive,
         default=_SECONDS,
         metavar="S",
-        help=f"of rounds for each case and dtype, about; {_SECONDS:g} if not given. Who is slow "
-        "takes a few rounds all the same",
+        help=f"of rounds for each case and dtype, about; {_SECONDS:g} if not given. A peer other "
+        "than torch that takes longer for 5 rounds is left out",
     )
     output = parser.add_argument_group("what becomes of it")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the record there")

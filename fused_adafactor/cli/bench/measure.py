@@ -23,7 +23,6 @@ from fused_adafactor.cli.bench.peers import Candidate, Params, Step
 from fused_adafactor.cli.bench.roofs import roofs
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 301
-_PATIENCE = 2.0  # seconds that a step of an optional candidate may take
 # A case above the first is no longer held by a cache that everybody's gradients pass through, and
 # above the second not by one that everybody's parameters do. What is shared saves memory.
 _SHARE_GRADS, _SHARE_PARAMS = 2**27, 2**29
@@ -68,7 +67,8 @@ def time_case(
         dtype: Of parameters and gradients.
         device: Where.
         contestants: Who steps; all of them are installed.
-        seconds: About how long; there are at least a few rounds whatever they take.
+        seconds: About how long. There are at least a few rounds whatever they take; an optional
+            candidate for which these few take longer is left out.
         on_progress: Told the share that is done, from 0 to 1.
     """
     timed = _timer(device)
@@ -76,8 +76,8 @@ def time_case(
     optional = {candidate.name for candidate in contestants if candidate.optional}
     second = {name: timed(step) for name, step in steps.items()}
     for name in optional & second.keys():
-        if second[name] > _PATIENCE:
-            absent[name] = f"a step took {second[name]:.1f} s, more than {_PATIENCE:g} s"
+        if _LEAST_ROUNDS * second[name] > seconds:
+            absent[name] = f"{_LEAST_ROUNDS} steps of {second[name]:.2g} s exceed {seconds:g} s"
             del steps[name], second[name]
     share = seconds / len(steps)
     rounds = {name: _clamped(share / took) for name, took in second.items()}
