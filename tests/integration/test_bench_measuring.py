@@ -149,6 +149,21 @@ def test_roofs_move_the_bytes_of_the_case(parameter_bytes: int) -> None:
     assert roofs.floor_bytes(parameter_bytes) == 3 * parameter_bytes
 
 
+@pytest.mark.parametrize(("limit", "shared"), [(0, True), (2**40, False)])
+def test_a_case_has_roofs_of_its_own_bytes(
+    limit: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recording(*args: int, **options: bool) -> dict[str, peers.Step]:
+        asked.append((args[0], options["shared"]))
+        return {}
+
+    asked: list[tuple[int, bool]] = []
+    monkeypatch.setattr(measure, "roofs", recording)
+    monkeypatch.setattr(measure, "_SHARE_PARAMS", limit)
+    measure.time_case(TINY, torch.bfloat16, CPU, [recorder("a", [])], 1e-9)
+    assert asked == [(74, shared)]
+
+
 class Allocating(torch.optim.Optimizer):
     """Allocates what the test says: state, something kept beside it, a temporary in every step."""
 
@@ -227,8 +242,10 @@ def test_a_compiled_candidate_steps_through_torch_compile(monkeypatch: pytest.Mo
     log: list[str] = []
     monkeypatch.setattr(torch, "compile", compiler)
     candidate = peers.Candidate("a", lambda params: Recorder(params, "a", log), compiled=True)
-    candidate.stepper([nn.Parameter(torch.ones(2))])()
+    step = candidate.stepper([nn.Parameter(torch.ones(2))])
     assert log == ["compiled", "a"]
+    step()
+    assert log == ["compiled", "a", "a"]
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

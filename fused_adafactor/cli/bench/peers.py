@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def candidates(backend: str, compiled: bool = False) -> tuple[Candidate, ...]:
     )
     if not compiled:
         return everybody
-    return (*everybody, Candidate(COMPILED, _for_compiling, compiled=True))
+    (for_compiling,) = (c for c in everybody if c.name == foreach)
+    return (*everybody, replace(for_compiling, name=COMPILED, compiled=True))
 
 
 def _transformers(params: Params) -> torch.optim.Optimizer:
@@ -150,19 +152,27 @@ def _put_back(package: str) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _for_compiling(params: Params) -> torch.optim.Optimizer:
-    """With lr in a tensor: a number would be part of the graph, and compiled anew when it moves."""
-    return torch.optim.Adafactor(params, lr=torch.tensor(_LR), foreach=True)
-
-
 def _compile(optimizer: torch.optim.Optimizer) -> Step:
-    """As PyTorch's tutorial on compiled optimizers has it: a function that calls ``step``."""
-    compiled = torch.compile(lambda: optimizer.step(), fullgraph=False)
+    """As PyTorch's tutorial on compiled optimizers has it: a function that calls ``step``.
 
-    def step() -> None:
-        # The compiler warns of its own imports and choices, which are no news to who asked for it.
+    torch's Adafactor reads its step count from a tensor, which would end the graph at once; so
+    this is captured, as the compiler then proposes. What it has to say of itself while compiling
+    is no news to who asked for it.
+    """
+    compiled = torch.compile(lambda: optimizer.step(), fullgraph=False)
+    with _silence(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled()
+    return compiled
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without warnings, neither Python's nor logged ones."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compiled()
-
-    return step
+            yield
+    finally:
+        logging.disable(level)
