@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from fused_adafactor.cli.bench.memory import measure_memory
 from fused_adafactor.cli.bench.parity import check_parity
 from fused_adafactor.cli.bench.peers import OURS, TORCH_PATHS, Candidate, candidates
 from fused_adafactor.cli.bench.plot import save_plots
-from fused_adafactor.cli.bench.record import CaseRecord, Record, case_record, read, record_of
+from fused_adafactor.cli.bench.record import CaseRecord, Record, case_record, empty_record, read
 from fused_adafactor.cli.bench.tables import as_text, split_readme, write_readme
 from fused_adafactor.cli.progress import ProgressBar
 
@@ -129,8 +130,9 @@ def _put_out(args: argparse.Namespace, record: Record) -> None:
 def _measure(args: argparse.Namespace) -> Record:
     everybody = candidates(args.backend, args.compile)
     absent = {c.name: c.missing for c in everybody if c.missing is not None}
+    record = empty_record(torch.device(args.device), args.backend, absent)
     cases = _measure_all(args, [c for c in everybody if c.name not in absent])
-    return record_of(torch.device(args.device), args.backend, absent, cases)
+    return replace(record, cases=cases)
 
 
 def _measure_all(args: argparse.Namespace, contestants: Sequence[Candidate]) -> list[CaseRecord]:

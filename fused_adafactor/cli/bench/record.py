@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,10 +183,8 @@ def _ratios(times: dict[str, StepTime], floor: Floor) -> dict[str, float]:
     }
 
 
-def record_of(
-    device: torch.device, request: str, absent: dict[str, str], cases: Sequence[CaseRecord]
-) -> Record:
-    """What was measured, with what it was measured on."""
+def empty_record(device: torch.device, request: str, absent: dict[str, str]) -> Record:
+    """What will be measured on what; made before, since a checkout can move on in a long run."""
     backend_request = backends.parse_request(request)
     commit, dirty = checkout()
     return Record(
@@ -200,5 +197,5 @@ def record_of(
         backend_request=backend_request,
         backend=backends.choose(backend_request, device).backend,
         absent=absent,
-        cases=list(cases),
+        cases=[],
     )

@@ -128,7 +128,7 @@ def as_markdown(record: Record) -> str:
         if case.times is not None and case.ratios is not None:
             over_torch, over_adamw, over_floor = (case.ratios[ratio] for ratio in _RATIOS)
             cells = (
-                *(case.case, case.dtype, f"{case.times[OURS].median_ms:.3g}"),
+                *(case.case, case.dtype, _three_digits(case.times[OURS].median_ms)),
                 *(f"{over_torch:.2f} ×", f"{over_adamw:.2f}", f"{over_floor:.2f}"),
                 *_memory_cells(case),
             )
@@ -136,6 +136,10 @@ def as_markdown(record: Record) -> str:
     commit = "" if record.commit is None else f", commit {record.commit[:10]}"
     changed = ", with uncommitted changes" if record.dirty else ""
     return "\n".join([*lines, "", f"{_where(record)}, {record.date} UTC{commit}{changed}."])
+
+
+def _three_digits(ms: float) -> str:
+    return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f}"
 
 
 def write_readme(path: Path, record: Record) -> None:
