@@ -248,6 +248,13 @@ def test_a_compiled_candidate_steps_through_torch_compile(monkeypatch: pytest.Mo
     assert log == ["compiled", "a", "a"]
 
 
+def test_what_is_compiled_is_torchs() -> None:
+    (candidate,) = (c for c in peers.candidates("reference", True) if c.compiled)
+    made = candidate.make([nn.Parameter(torch.ones(2))])
+    assert type(made) is torch.optim.Adafactor
+    assert made.defaults["foreach"] is True
+
+
 def test_every_case_has_a_name_of_its_own() -> None:
     names = cases.names(cases.CASES)
     assert len(set(names)) == len(names)

@@ -43,7 +43,7 @@ def measure_memory(
     What torch's allocators hand out is seen, and nothing else: not Python's objects, and not what
     a native library takes from malloc, which for ours is small buffers of every thread, about
     100 kB and sixteen lines of the widest tensor. On a GPU, bytes are counted as the allocator
-    rounds them, to 512 a tensor.
+    rounds them, to 512 a tensor, and step counts that lie on the CPU are state only.
     """
     params = [nn.Parameter(tensor) for tensor in draw(case, dtype, device, seed=0)]
     for param, grad in zip(params, draw(case, dtype, device, seed=1), strict=True):
@@ -60,16 +60,17 @@ def measure_memory(
 
         peak = _peak_of(make_and_step, device)
         assert optimizer is not None
-        state_bytes = _state_bytes(optimizer)
-        return Memory(state_bytes, peak - state_bytes)
+        state = _state_tensors(optimizer)
+        counted = sum(t.nbytes for t in state if t.device.type == device.type)
+        return Memory(sum(t.nbytes for t in state), peak - counted)
 
     gc.collect()  # what others left would be given back in between
     return {candidate.name: of(candidate) for candidate in contestants}
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     entries = (entry for state in optimizer.state.values() for entry in state.values())
-    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
+    return [entry for entry in entries if isinstance(entry, Tensor)]
 
 
 def _peak_of(work: Callable[[], None], device: torch.device) -> int:
