@@ -94,6 +94,20 @@ def test_absent_peers_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
         assert f"not measured: {name}: {needs} is not installed" in printed
 
 
+def test_a_peer_that_fails_in_a_case_is_reported_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(params: object) -> torch.optim.Optimizer:
+        raise RuntimeError("out of order")
+
+    everybody = (*peers.candidates("reference"), peers.Candidate("broken", fail, needs="torch"))
+    monkeypatch.setattr(bench, "candidates", lambda *options: everybody)
+    (case,) = measured(tmp_path / "bench.json", "--case", "stack")["cases"]
+    assert case["absent"] == {"broken": "RuntimeError: out of order"}
+    told = "not measured in stack float32: broken: RuntimeError: out of order"
+    assert told in capsys.readouterr().out
+
+
 def test_record_of_a_case(found: dict[str, Any]) -> None:
     cases = found["cases"]
     assert [(case["case"], case["group"], case["dtype"]) for case in cases] == [
