@@ -1,14 +1,14 @@
 # `make help` lists what there is. Every target installs what it needs into .venv by itself.
 
 PYTHON ?= python3# the interpreter that .venv is made from, 3.10 or newer
-ARGS ?=#           passed on by test, demo and bench: make test ARGS="-k keras"
+ARGS ?=#           passed on by test, demo, bench and micro: make test ARGS="-k keras"
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DECLARED := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint type arch fmt test demo bench ci clean
+.PHONY: help setup build lint type arch fmt test demo bench micro ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: .venv/.stamp-run ## see it work (installs torch, the package and matplotli
 
 bench: .venv/.stamp-run ## measure it on this machine
 	$(BIN)/python -m fused_adafactor bench $(ARGS)
+
+micro: .venv/.stamp-dev ## time what surrounds the arithmetic, with pytest-benchmark
+	$(BIN)/python -m pytest bench $(ARGS)
 
 ci: lint type arch test ## what must pass before a change lands
 

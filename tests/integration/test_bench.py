@@ -1,210 +1,293 @@
-"""The bench at toy size: what it records is right and complete. No test is of a time."""
+"""The bench as a command, at toy size: what it records, shows and draws. No test is of a time."""
 
-import argparse
 import importlib
+import importlib.util
 import io
 import json
-import math
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fused_adafactor import Adafactor, __version__
+from fused_adafactor import __version__
 from fused_adafactor.__main__ import main
-from fused_adafactor.cli import bench, measure
+from fused_adafactor.cli import bench
+from fused_adafactor.cli.bench import peers, record, tables, where
+from fused_adafactor.cli.bench.cases import Case
+from fused_adafactor.cli.bench.parity import Parity
+from fused_adafactor.cli.bench.peers import OURS, TORCH_PATHS, YARDSTICK
+from fused_adafactor.cli.bench.roofs import ROOFS
 
-CPU = torch.device("cpu")
 TINY = (
-    measure.Case("tiny", ((6, 5), (7,)), (torch.float32, torch.bfloat16)),
-    measure.Case("stack", ((2, 4, 3),)),
-    measure.Case("big", ((9, 8),), full=True),
+    Case("tiny", "toy", ((6, 5), (7,)), (torch.float32, torch.bfloat16)),
+    Case("stack", "toy", ((2, 4, 3),)),
+    Case("big", "large", ((9, 8),), full=True),
 )
-NAMES = {measure.OURS, *measure.TORCH_PATHS, measure.YARDSTICK}
+NAMES = {OURS, *TORCH_PATHS, YARDSTICK, *ROOFS}
+OPTIONAL = {c.name: c.needs for c in peers.candidates("reference") if c.needs is not None}
 
 
-@pytest.fixture(autouse=True)
-def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "CASES", TINY)
-
-
-def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small_bench() -> Iterator[None]:
+    """Tiny cases, and no peer that may or may not be installed."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        measure.importlib.util, "find_spec", lambda n: None if n == "transformers" else find(n)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "CASES", TINY)
+        patch.setattr(
+            importlib.util, "find_spec", lambda n: None if n in OPTIONAL.values() else find(n)
+        )
+        yield
 
 
 def run_bench(*options: str) -> int:
     return main(["bench", "--backend", "reference", "--seconds", "0.001", *options])
 
 
-def record_of(path: Path, *options: str) -> dict[str, Any]:
+def measured(path: Path, *options: str) -> dict[str, Any]:
     assert run_bench("--json", str(path), *options) == 0
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
-def wrong(*args: object) -> measure.Parity:
-    return measure.Parity(error=0.5, bound=1e-6)
+@pytest.fixture(scope="module")
+def found(small_bench: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A record that a run has written."""
+    return measured(tmp_path_factory.mktemp("new") / "deep" / "bench.json")
 
 
-def test_record_says_what_ran_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    without_transformers(monkeypatch)
-    record = record_of(tmp_path / "new" / "bench.json")
-    assert record["schema"] == 1
-    assert record["versions"]["fused_adafactor"] == __version__
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["versions"]["transformers"] is None
-    assert record["platform"]["device"] == "cpu"
-    assert record["platform"]["threads"] == torch.get_num_threads()
-    assert record["backend"] == record["backend_request"] == "reference"
-    assert record["absent"] == {measure.TRANSFORMERS: "transformers is not installed"}
+@pytest.fixture(scope="module")
+def source(small_bench: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a record with a case timed in float32 and bfloat16, and one that failed."""
+    right, path = bench.check_parity, tmp_path_factory.mktemp("source") / "bench.json"
+
+    def wrong_for_the_stack(case: Case, *rest: Any) -> Parity:
+        return wrong() if case.name == "stack" else right(case, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "check_parity", wrong_for_the_stack)
+        assert run_bench("--json", str(path)) == 1
+    return path
 
 
-def test_record_of_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    without_transformers(monkeypatch)
-    cases = record_of(tmp_path / "bench.json")["cases"]
-    found = [(case["case"], case["dtype"]) for case in cases]
-    assert found == [("tiny", "float32"), ("tiny", "bfloat16"), ("stack", "float32")]
+def wrong(*args: object) -> Parity:
+    return Parity(error=0.5, bound=1e-6)
+
+
+def test_record_says_what_ran_where(found: dict[str, Any]) -> None:
+    assert found["schema"] == 2
+    assert found["versions"]["fused_adafactor"] == __version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"python", "transformers", "timm", "pytorch_optimizer"} < set(found["versions"])
+    assert found["platform"]["device"] not in ("", "cpu")
+    assert found["platform"]["threads"] == torch.get_num_threads()
+    assert found["backend"] == found["backend_request"] == "reference"
+
+
+def test_absent_peers_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(tmp_path / "bench.json", "--case", "stack")
+    assert found["absent"] == {n: f"{needs} is not installed" for n, needs in OPTIONAL.items()}
+    printed = capsys.readouterr().out
+    for name, needs in OPTIONAL.items():
+        assert f"not measured: {name}: {needs} is not installed" in printed
+
+
+def test_a_peer_that_fails_in_a_case_is_reported_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(params: object) -> torch.optim.Optimizer:
+        raise RuntimeError("out of order")
+
+    everybody = (*peers.candidates("reference"), peers.Candidate("broken", fail, needs="torch"))
+    monkeypatch.setattr(bench, "candidates", lambda *options: everybody)
+    (case,) = measured(tmp_path / "bench.json", "--case", "stack")["cases"]
+    assert case["absent"] == {"broken": "RuntimeError: out of order"}
+    told = "not measured in stack float32: broken: RuntimeError: out of order"
+    assert told in capsys.readouterr().out
+
+
+def test_record_of_a_case(found: dict[str, Any]) -> None:
+    cases = found["cases"]
+    assert [(case["case"], case["group"], case["dtype"]) for case in cases] == [
+        ("tiny", "toy", "float32"),
+        ("tiny", "toy", "bfloat16"),
+        ("stack", "toy", "float32"),
+    ]
     low = cases[1]
-    assert (low["tensors"], low["elements"]) == (2, 37)
-    assert (low["parameter_bytes"], low["roof_bytes"]) == (74, 222)
+    assert (low["tensors"], low["elements"], low["parameter_bytes"]) == (2, 37, 74)
     assert "reference" in low["plan"]
     for case in cases:
         assert 0 < case["parity"]["error"] <= case["parity"]["bound"] < 0.02
         times = case["times"]
-        assert set(times) == NAMES | {measure.ROOF}
+        assert set(times) == NAMES
         for step_time in times.values():
             assert 0 < step_time["p20_ms"] <= step_time["median_ms"] <= step_time["p80_ms"]
-        assert len({step_time["rounds"] for step_time in times.values()}) == 1
-        median = {name: step_time["median_ms"] for name, step_time in times.items()}
-        faster = min(median[path] for path in measure.TORCH_PATHS)
+            assert step_time["rounds"] >= 5
+
+
+def test_ratios_and_floor_follow_from_the_medians(found: dict[str, Any]) -> None:
+    for case in found["cases"]:
+        median = {name: step_time["median_ms"] for name, step_time in case["times"].items()}
+        roof = min(ROOFS, key=lambda name: median[name])
         assert case["ratios"] == {
-            "torch / ours": faster / median[measure.OURS],
-            "ours / AdamW": median[measure.OURS] / median[measure.YARDSTICK],
-            "ours / roof": median[measure.OURS] / median[measure.ROOF],
+            "torch / ours": min(median[path] for path in TORCH_PATHS) / median[OURS],
+            "ours / AdamW": median[OURS] / median[YARDSTICK],
+            "ours / floor": median[OURS] / median[roof],
+        }
+        moved = 3 * case["parameter_bytes"]
+        assert case["floor"] == {
+            "kind": roof,
+            "bytes": moved,
+            "median_ms": median[roof],
+            "gb_per_s": pytest.approx(moved / (1e-3 * median[roof]) / 1e9),
+            "share": median[roof] / median[OURS],
         }
 
 
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    without_transformers(monkeypatch)
+def test_record_has_the_memory_of_ours_and_torchs(found: dict[str, Any]) -> None:
+    case = found["cases"][0]
+    assert set(case["memory"]) == {OURS, *TORCH_PATHS}
+    for memory in case["memory"].values():
+        # 6 rows, 5 columns and a vector of 7 in float32, and two step counts.
+        assert memory["state_bytes"] == 4 * (6 + 5 + 7 + 2)
+        assert memory["peak_bytes"] > 0
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_bench("--case", "big", "--case", "stack") == 0
     printed = capsys.readouterr()
     head, *rows = printed.out.split("\n\n", maxsplit=1)[0].splitlines()
-    for words in ("case", "dtype", "ms ours", "torch / ours", "ours / AdamW", "ours / roof"):
+    for words in ("case", "dtype", "ms ours", *tables._RATIOS, "state", "peak"):
         assert words in head
     assert [row.split()[:2] for row in rows] == [["stack", "float32"], ["big", "float32"]]
-    assert f"not measured: {measure.TRANSFORMERS}" in printed.out
     assert printed.out.isascii()
     assert "measuring 20/20" in printed.err
 
 
-def test_full_adds_the_big_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    without_transformers(monkeypatch)
-    cases = record_of(tmp_path / "bench.json", "--full")["cases"]
+def test_full_adds_the_big_cases(tmp_path: Path) -> None:
+    cases = measured(tmp_path / "bench.json", "--full")["cases"]
     assert cases[-1]["case"] == "big"
-
-
-@pytest.mark.parity
-def test_transformers_is_measured_where_it_is_installed() -> None:
-    pytest.importorskip("transformers")
-    everybody = measure.candidates("reference")
-    assert all(candidate.missing is None for candidate in everybody)
-    times = measure.time_case(TINY[0], torch.float32, CPU, everybody, 1e-3)
-    assert set(times) == NAMES | {measure.TRANSFORMERS, measure.ROOF}
 
 
 def test_failed_parity_shows_no_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*args: object) -> None:
-        raise AssertionError("timed behind a failed check")
+        raise AssertionError("measured behind a failed check")
 
     monkeypatch.setattr(bench, "check_parity", wrong)
     monkeypatch.setattr(bench, "time_case", never)
-    path = tmp_path / "bench.json"
-    assert run_bench("--case", "stack", "--json", str(path)) == 1
+    monkeypatch.setattr(bench, "measure_memory", never)
+    path, plots = tmp_path / "bench.json", tmp_path / "plots"
+    assert run_bench("--case", "stack", "--json", str(path), "--plot", str(plots)) == 1
     (case,) = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    assert case["times"] is None
-    assert case["ratios"] is None
+    assert [case[key] for key in ("times", "floor", "ratios", "memory")] == [None] * 4
     assert "parity FAILED: error 5.0e-01, bound 1.0e-06; not timed" in capsys.readouterr().out
+    assert list(plots.iterdir()) == []
 
 
-def test_one_failed_parity_is_enough_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_transformers(monkeypatch)
-    right = bench.check_parity
-
-    def wrong_in_bfloat16(case: measure.Case, dtype: torch.dtype, *rest: Any) -> measure.Parity:
-        return wrong() if dtype is torch.bfloat16 else right(case, dtype, *rest)
-
-    monkeypatch.setattr(bench, "check_parity", wrong_in_bfloat16)
-    assert run_bench() == 1
+def test_one_failed_parity_is_enough_to_fail(source: Path) -> None:
+    passed = [case.parity.passed for case in record.read(source).cases]
+    assert passed == [True, True, False]
 
 
-class Faulty(Adafactor):
-    """Ours with an error in the parameters after a step; the oracle, in float64, is left alone."""
+def test_from_shows_a_record_and_measures_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("measured")
 
-    relative_error = 0.0
-    from_step = 1
-
-    def step(self, closure: None = None) -> None:
-        super().step(closure)
-        for param in self.param_groups[0]["params"]:
-            if param.dtype != torch.float64 and self.state[param]["step"] >= self.from_step:
-                param.data.mul_(1 + self.relative_error)
+    measured(tmp_path / "bench.json", "--case", "stack")
+    shown = capsys.readouterr().out
+    monkeypatch.setattr(bench, "_measure", never)
+    assert main(["bench", "--from", str(tmp_path / "bench.json")]) == 0
+    assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize("case", [case for case in measure.CASES if case.elements < 2**20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_parity_holds(case: measure.Case, dtype: torch.dtype) -> None:
-    parity = measure.check_parity(case, dtype, CPU, "reference")
-    assert parity.passed
-    # The bound is of the worst rounding of every element, and not far above that.
-    assert parity.bound < 3 * torch.finfo(dtype).eps + 5e-6
+def test_from_a_record_of_a_failed_check_fails(source: Path) -> None:
+    assert main(["bench", "--from", str(source)]) == 1
+
+
+def test_record_reads_what_it_wrote(source: Path, tmp_path: Path) -> None:
+    record.read(source).write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == source.read_bytes()
+
+
+PROSE = "# Ours\r\n\n" + "{begin}old\nand older{end}  \n\nrest ×\n"
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    text = PROSE.format(begin=tables.README_BEGIN, end=tables.README_END)
+    path = tmp_path / "README.md"
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_readme_gets_the_table_and_nothing_else(source: Path, readme: Path) -> None:
+    main(["bench", "--from", str(source), "--readme", str(readme)])
+    written = readme.read_bytes().decode()
+    before, after = tables.split_readme(readme)
+    assert (before, after) == ("# Ours\r\n\n", "  \n\nrest ×\n")
+    assert "old" not in written.removeprefix(before).removesuffix(after)
+    rows = [line for line in written.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[:2] for row in rows[1:]] == [
+        ["| tiny", "float32"],
+        ["| tiny", "bfloat16"],
+        ["| stack", "float32"],
+    ]
+    assert "parity FAILED" in rows[3]
+    assert len({row.count("|") for row in rows}) == 1
+    main(["bench", "--from", str(source), "--readme", str(readme)])
+    assert readme.read_bytes().decode() == written
 
 
 @pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float32, math.nan)]
+    "text",
+    [
+        "nothing",
+        tables.README_BEGIN,
+        tables.README_END + tables.README_BEGIN,
+        tables.README_BEGIN + tables.README_END + tables.README_END,
+        tables.README_BEGIN * 2 + tables.README_END,
+    ],
 )
-@pytest.mark.parametrize("from_step", [1, 2])
-def test_parity_finds_an_error(
-    dtype: torch.dtype, error: float, from_step: int, monkeypatch: pytest.MonkeyPatch
+def test_readme_without_its_markers_is_refused(
+    text: str, source: Path, readme: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Faulty, "relative_error", error)
-    monkeypatch.setattr(Faulty, "from_step", from_step)
-    monkeypatch.setattr(measure, "Adafactor", Faulty)
-    parity = measure.check_parity(TINY[0], dtype, CPU, "reference")
-    assert not parity.passed
-    assert (parity.error is None) is math.isnan(error)
+    readme.write_text(text)
+    capsys.readouterr()
+    assert main(["bench", "--from", str(source), "--readme", str(readme)]) == 1
+    printed = capsys.readouterr()
+    assert "<!-- bench:begin -->" in printed.err
+    assert printed.out == ""
+    assert readme.read_text() == text
 
 
-def test_everybody_steps_in_turn() -> None:
-    order: list[str] = []
-
-    def candidate(name: str) -> measure.Candidate:
-        class Recorder(torch.optim.SGD):
-            def step(self, closure: object = None) -> None:
-                order.append(name)
-
-        return measure.Candidate(name, Recorder)
-
-    progress: list[float] = []
-    pair = [candidate("a"), candidate("b")]
-    times = measure.time_case(TINY[0], torch.float32, CPU, pair, 1e-9, progress.append)
-    rounds = times["a"].rounds
-    assert order == ["a", "b"] * (rounds + 2)
-    assert len(progress) == rounds
-    assert progress[-1] == 1
+def test_our_own_readme_has_its_markers() -> None:
+    tables.split_readme(Path(__file__).parents[2] / "README.md")
 
 
-def test_every_case_has_a_name_of_its_own() -> None:
-    names = [case.name for case in measure.CASES]
-    assert len(set(names)) == len(names)
-    (gpt2,) = (case for case in measure.CASES if case.name == "gpt2-124m")
-    assert (len(gpt2.shapes), gpt2.elements) == (148, 124_439_808)
+def test_plot_draws_two_pictures(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots = tmp_path / "deep" / "plots"
+    main(["bench", "--from", str(source), "--plot", str(plots)])
+    files = sorted(plots.iterdir())
+    assert [file.name for file in files] == ["share-of-floor.png", "speed-up.png"]
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run_bench("--plot", str(tmp_path)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "fused-adafactor[plot]" in printed.err
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +295,6 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         def isatty(self) -> bool:
             return True
 
-    without_transformers(monkeypatch)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert run_bench("--case", "stack") == 0
@@ -224,6 +306,9 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--device", "abacus"), "abacus"),
         (("--json", "/dev/null/bench.json"), "/dev/null"),
+        (("--plot", "/dev/null/plots"), "/dev/null"),
+        (("--from", "/dev/null/bench.json"), "/dev/null"),
+        (("--from", "/dev/null"), "not a record"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_line(
@@ -233,10 +318,29 @@ def test_what_cannot_run_is_refused_in_a_line(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("bench: ")
+    assert printed.err.count("\n") == 1
     assert words in printed.err
 
 
-@pytest.mark.parametrize("options", [("--case", "none"), ("--seconds", "0"), ("--seconds", "nan")])
+@pytest.mark.parametrize("text", ['{"schema": 1, "cases": []}', "[]", '{"cases": []}'])
+def test_a_record_of_another_schema_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.json").write_text(text)
+    assert main(["bench", "--from", str(tmp_path / "old.json")]) == 1
+    assert "expected 2; measure again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--case", "none"),
+        ("--seconds", "0"),
+        ("--seconds", "nan"),
+        ("--from", "x", "--full"),
+        ("--from", "x", "--json", "y"),
+    ],
+)
 def test_usage(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_bench(*options)
@@ -245,11 +349,10 @@ def test_usage(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_commit_is_none_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stray = tmp_path / "bench.py"
+    stray = tmp_path / "where.py"
     stray.touch()
-    args = argparse.Namespace(backend="reference", device="cpu")
-    monkeypatch.setattr(bench, "__file__", str(stray))
-    assert bench.header(args, {measure.TRANSFORMERS: "no"})["commit"] is None
+    monkeypatch.setattr(where, "_HERE", stray)
+    assert where.checkout() == (None, None)
 
 
 def test_commit_of_somebody_elses_checkout_is_not_ours(
@@ -263,13 +366,12 @@ def test_commit_of_somebody_elses_checkout_is_not_ours(
     except OSError:
         pytest.skip("git is not installed")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "--allow-empty", "-m", "theirs")
-    package = tmp_path / "bench.py"
+    package = tmp_path / "where.py"
     package.touch()
-    args = argparse.Namespace(backend="reference", device="cpu")
-    monkeypatch.setattr(bench, "__file__", str(package))
-    absent = {measure.TRANSFORMERS: "no"}
-    assert bench.header(args, absent)["commit"] is None
-    git("add", "bench.py")
-    record = bench.header(args, absent)
-    assert len(record["commit"]) == 40
-    assert record["dirty"] is True
+    monkeypatch.setattr(where, "_HERE", package)
+    assert where.checkout() == (None, None)
+    git("add", "where.py")
+    commit, dirty = where.checkout()
+    assert commit is not None
+    assert len(commit) == 40
+    assert dirty is True

@@ -1,0 +1,185 @@
+"""``bench``: time a step of ours, its peers and the memory itself, and count what it allocates.
+
+Nothing is timed before it has been compared with float64: where that fails, no time is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fused_adafactor import Adafactor, backends
+from fused_adafactor.cli.bench.cases import CASES, Case, choose, names
+from fused_adafactor.cli.bench.measure import time_case
+from fused_adafactor.cli.bench.memory import measure_memory
+from fused_adafactor.cli.bench.parity import check_parity
+from fused_adafactor.cli.bench.peers import OURS, TORCH_PATHS, Candidate, candidates
+from fused_adafactor.cli.bench.plot import save_plots
+from fused_adafactor.cli.bench.record import CaseRecord, Record, case_record, empty_record, read
+from fused_adafactor.cli.bench.tables import as_text, split_readme, write_readme
+from fused_adafactor.cli.progress import ProgressBar
+
+_SECONDS = 2.5  # of rounds, per case and dtype
+_TICKS = 10  # of the progress bar, per case and dtype
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``bench`` to the commands."""
+    text = "time a step of ours, its peers and the memory itself"
+    parser = commands.add_parser("bench", help=text, description=f"{text.capitalize()}.")
+    measuring = parser.add_argument_group("what is measured")
+    measuring.add_argument(
+        "--case",
+        action="append",
+        choices=names(CASES),
+        metavar="NAME",
+        help=f"only this case or group, repeatable: {', '.join(names(CASES))}",
+    )
+    measuring.add_argument("--full", action="store_true", help="the big cases too: some minutes")
+    measuring.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile of torch's too, in cases of few tensors; needs a C++ compiler",
+    )
+    measuring.add_argument("--backend", choices=backends.REQUESTS, default="auto", help="of ours")
+    measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    measuring.add_argument(
+        "--seconds",
+        type=_positive,
+        default=_SECONDS,
+        metavar="S",
+        help=f"of rounds for each case and dtype, about; {_SECONDS:g} if not given. A peer other "
+        "than torch that takes longer for 5 rounds is left out",
+    )
+    output = parser.add_argument_group("what becomes of it")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    output.add_argument("--plot", type=Path, metavar="DIR", help="draw two pictures there")
+    output.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the table between the markers of this file"
+    )
+    output.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="measure nothing: show this record"
+    )
+    parser.set_defaults(run=run, refuse=parser.error)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or read a record, and show it.
+
+    Returns:
+        Exit status: 0, or 1 if a parity check failed or what was asked for cannot be done.
+    """
+    if args.source is not None and (args.case or args.full or args.compile or args.json):
+        args.refuse("--from measures nothing: leave out --case, --full, --compile and --json")
+    try:
+        # What can be refused is refused here, in one line; later errors are ours, with a traceback.
+        _check_outputs(args)
+        source = None if args.source is None else read(args.source)
+        if source is None:
+            probe = torch.nn.Parameter(torch.zeros(1, device=args.device))
+            Adafactor([probe], backend=args.backend).explain()
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    record = _measure(args) if source is None else source
+    print(as_text(record))
+    _put_out(args, record)
+    return 0 if all(case.parity.passed for case in record.cases) else 1
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise what would only come up when all is measured."""
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.touch()
+    if args.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise RuntimeError("matplotlib is not installed; pip install 'fused-adafactor[plot]'")
+        args.plot.mkdir(parents=True, exist_ok=True)
+    if args.readme is not None:
+        split_readme(args.readme)
+
+
+def _put_out(args: argparse.Namespace, record: Record) -> None:
+    written = []
+    if args.json is not None:
+        record.write(args.json)
+        written.append(args.json)
+    if args.plot is not None:
+        written += save_plots(record, args.plot)
+    if args.readme is not None:
+        write_readme(args.readme, record)
+        written.append(args.readme)
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+
+
+def _measure(args: argparse.Namespace) -> Record:
+    everybody = candidates(args.backend, args.compile)
+    absent = {c.name: c.missing for c in everybody if c.missing is not None}
+    record = empty_record(torch.device(args.device), args.backend, absent)
+    cases = _measure_all(args, [c for c in everybody if c.name not in absent])
+    return replace(record, cases=cases)
+
+
+def _measure_all(args: argparse.Namespace, contestants: Sequence[Candidate]) -> list[CaseRecord]:
+    chosen = choose(CASES, args.case, args.full)
+    pairs = [(case, dtype) for case in chosen for dtype in case.dtypes]
+    records = []
+    with ProgressBar(len(pairs) * _TICKS, "measuring") as progress:
+        shown = 0
+
+        def show(ticks: int, note: str) -> None:
+            nonlocal shown
+            for _ in range(ticks - shown):
+                progress.advance(note)
+            shown = ticks
+
+        for number, (case, dtype) in enumerate(pairs):
+            note = f"{case.name} {str(dtype).removeprefix('torch.')}"
+
+            def on_progress(share: float, number: int = number, note: str = note) -> None:
+                show(number * _TICKS + int(share * _TICKS), note)
+
+            records.append(_measure_case(case, dtype, args, contestants, on_progress))
+            on_progress(1.0)  # a failed check has no rounds
+    return records
+
+
+def _measure_case(
+    case: Case,
+    dtype: torch.dtype,
+    args: argparse.Namespace,
+    contestants: Sequence[Candidate],
+    on_progress: Callable[[float], None],
+) -> CaseRecord:
+    """Check ours, then time everybody, then count the bytes of ours and torch's."""
+    device = torch.device(args.device)
+    plan = _plan_in_a_line(case, dtype, args)
+    parity = check_parity(case, dtype, device, args.backend)
+    if not parity.passed:
+        return case_record(case, dtype, plan, parity, times=None, memory=None)
+    times = time_case(case, dtype, device, contestants, args.seconds, on_progress)
+    counted = [c for c in contestants if c.name in (OURS, *TORCH_PATHS)]
+    memory = measure_memory(counted, case, dtype, device)
+    return case_record(case, dtype, plan, parity, times, memory)
+
+
+def _plan_in_a_line(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> str:
+    params = [
+        torch.nn.Parameter(torch.empty(s, dtype=dtype, device=args.device)) for s in case.shapes
+    ]
+    return Adafactor(params, backend=args.backend).explain().splitlines()[-1]
