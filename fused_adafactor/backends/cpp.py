@@ -30,7 +30,7 @@ from fused_adafactor.rule import (
 from fused_adafactor.slabs import Geometry, ItemKind, geometry_of, items_of
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 ISAS = ("portable", "avx2", "avx512")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
@@ -77,6 +77,12 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+class _Outcome(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")
+    ]
+
+
 class _Item(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("kind", "tensor", "slab", "pad")]
 
@@ -97,13 +103,11 @@ def library() -> ctypes.CDLL:
             f"{_LIBRARY.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
         )
     native.fused_adafactor_run.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int32,
+        *(ctypes.c_void_p, ctypes.c_int64),  # items
+        *(ctypes.c_void_p, ctypes.c_int64),  # tensors
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),  # gradients, their factors, skips
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),  # rules, scratch, threads
+        ctypes.c_void_p,  # outcomes
     ]
     wanted = os.environ.get(ISA_ENVIRONMENT)
     if wanted is not None:
@@ -166,13 +170,15 @@ class _Batch:
         self.geometries = [_geometry(b) for b in bindings]
         self.tensors = (_Tensor * len(bindings))()
         self.kept: list[Tensor] = []  # copies of gradients, alive until the call is over
+        self.grads = (ctypes.c_void_p * len(bindings))()
+        self.outcomes = (_Outcome * len(bindings))()
         rules: dict[tuple[int, int, int, float], int] = {}
         records: list[_Rule] = []
         scratch = 0
         for number, (b, geometry) in enumerate(zip(bindings, self.geometries, strict=True)):
             record = self.tensors[number]
             _fill_geometry(record, b, geometry)
-            self._fill_memory(record, b, geometry)
+            self._fill_memory(record, b, geometry, number)
             spec = b.planned.spec
             eps1 = b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
             key = (id(b.rule), id(b.scalars), _seed(b), eps1)
@@ -185,7 +191,7 @@ class _Batch:
         self.rules = (_Rule * len(records))(*records)
         self.scratch = torch.empty(scratch, dtype=torch.uint8)
 
-    def _fill_memory(self, record: _Tensor, b: Binding, geometry: Geometry) -> None:
+    def _fill_memory(self, record: _Tensor, b: Binding, geometry: Geometry, number: int) -> None:
         """Pointers. A gradient that is not laid out like its parameter is copied; nothing else."""
         record.param = b.param.data_ptr()
         if b.grad is not None:
@@ -195,7 +201,7 @@ class _Batch:
                     grad
                 )
                 self.kept.append(grad)
-            record.grad = grad.data_ptr()
+            self.grads[number] = grad.data_ptr()
         spec, rule = b.planned.spec, b.rule
         moment = rule.moment_dtype(spec.param_dtype)
         line, cross = (b.col_var, b.row_var) if geometry.swapped else (b.row_var, b.col_var)
@@ -215,9 +221,8 @@ class _Batch:
 
     def execute(self, items: Any) -> None:
         """Hand items to the library."""
-        for record, b in zip(self.tensors, self.bindings, strict=True):
-            record.skip = b.skip is not None and bool(b.skip)
-            record.grad_factor = 1.0 if b.grad_factor is None else float(b.grad_factor)
+        factors = [1.0 if b.grad_factor is None else float(b.grad_factor) for b in self.bindings]
+        skips = [b.skip is not None and bool(b.skip) for b in self.bindings]
         flat = [number for kind, tensor, slab in items for number in (kind, tensor, slab, 0)]
         array = (ctypes.c_int32 * len(flat))(*flat)
         library().fused_adafactor_run(
@@ -225,9 +230,13 @@ class _Batch:
             len(flat) // 4,
             self.tensors,
             len(self.tensors),
+            self.grads,
+            (ctypes.c_double * len(factors))(*factors),
+            (ctypes.c_uint8 * len(skips))(*skips),
             self.rules,
             self.scratch.data_ptr(),
             torch.get_num_threads(),
+            self.outcomes,
         )
         for b in self.bindings:
             # autograd must see that a value which it may have saved is gone.
@@ -235,17 +244,16 @@ class _Batch:
 
     def report(self, phases: Sequence[Phase]) -> None:
         """Copy what the engine reads back into the bindings."""
-        for record, b in zip(self.tensors, self.bindings, strict=True):
+        for outcome, b in zip(self.outcomes, self.bindings, strict=True):
             dtype = b.planned.spec.math_dtype
             if Phase.APPLY not in phases:
-                sums = self.scratch[record.scratch :][: 24 * record.slabs].view(torch.float64)
-                b.grad_sq = sums.view(-1, 3)[:, 0].sum().to(dtype)
+                b.grad_sq = torch.tensor(outcome.grad_sq, dtype=dtype)
             else:
-                b.alpha = record.alpha
+                b.alpha = outcome.alpha
                 if b.rule.measures_param_rms:
-                    b.param_rms = torch.tensor(record.param_rms, dtype=dtype)
-                if record.measures:
-                    b.update_rms = torch.tensor(record.update_rms, dtype=dtype)
+                    b.param_rms = torch.tensor(outcome.param_rms, dtype=dtype)
+                if b.rule.clip_threshold is not None:
+                    b.update_rms = torch.tensor(outcome.update_rms, dtype=dtype)
 
 
 def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
