@@ -78,9 +78,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Outcome(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")
-    ]
+    _fields_ = [(name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")]
 
 
 class _Item(ctypes.Structure):
