@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
-from operator import add, attrgetter
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ _BOXES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 class Cells:
-    """0-d tensors of one device that are read and written all at once.
+    """0-d tensors of one device that are read and counted up all at once.
 
     On the host that is done in their memory: torch takes longer to add 1 to a number than the step
     of a small tensor takes. So they must stay where they are for as long as this is used.
@@ -100,25 +99,14 @@ class Cells:
 
     def advance(self, amounts: Tensor | None) -> None:
         """Add 1 to all, or a vector of bool, without asking a device."""
-        if self._boxes is not None:
-            self._write(map(add, self.read(), repeat(1.0) if amounts is None else amounts.tolist()))
-        elif amounts is None:
+        if amounts is not None:
+            torch._foreach_add_(self.tensors, list(amounts.unbind()))
+        elif self._boxes is None:
             torch._foreach_add_(self.tensors, 1)
         else:
-            torch._foreach_add_(self.tensors, list(amounts.unbind()))
-
-    def copy(self, values: Tensor) -> None:
-        """Set them to a vector, without asking a device."""
-        if self._boxes is not None and values.device.type == "cpu":
-            self._write(values.tolist())
-        else:
-            torch._foreach_copy_(self.tensors, list(values.unbind()))
-
-    def _write(self, values: Iterable[float]) -> None:
-        assert self._boxes is not None
-        for box, value in zip(self._boxes, values, strict=True):
-            box.value = value
-        torch.autograd.graph.increment_version(self.tensors)
+            for box in self._boxes:
+                box.value += 1.0
+            torch.autograd.graph.increment_version(self.tensors)
 
 
 class Clock:

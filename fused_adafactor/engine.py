@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_adafactor import backends
 from fused_adafactor.binding import Binding, Cohort, Exchange
-from fused_adafactor.counting import Cells, Clock
+from fused_adafactor.counting import Clock
 from fused_adafactor.joining import Counters, Members, initial_skip, join, joins, shared_skips
 from fused_adafactor.plan import (
     Activity,
@@ -75,7 +75,7 @@ class _Batch:
     segments: tuple[tuple[Phase, ...], ...]
     members: Members
     grads: list[int] | None
-    param_rms: Cells | None
+    param_rms: list[Tensor] | None
 
     def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
         """What this step starts with."""
@@ -90,9 +90,9 @@ class _Batch:
         if self.param_rms is not None and exchange.param_rms is not None:
             rms = exchange.param_rms
             if exchange.skip is not None:
-                kept = torch.stack(self.param_rms.tensors).to(rms)
+                kept = torch.stack([value.to(rms) for value in self.param_rms])
                 rms = torch.where(exchange.skip, kept, rms)
-            self.param_rms.copy(rms)
+            torch._foreach_copy_(self.param_rms, list(rms.unbind()))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -243,7 +243,8 @@ class Engine:
             executor = backends.load(plan.facts.backend).bind(bindings)
         mine = [grads[number] for number in numbers if number in grads]
         activity = tasks[0].cohort.activity
-        kept = [canonical(task.state, task.spec, self.layout, "param_rms") for task in tasks]
+        found = [canonical(task.state, task.spec, self.layout, "param_rms") for task in tasks]
+        kept = [rms for rms in found if rms is not None]
         measured = activity is Activity.UPDATE and all(t.cohort.rule.keep_param_rms for t in tasks)
         return _Batch(
             executor=executor,
@@ -256,9 +257,7 @@ class Engine:
                 math_dtype=planned.spec.math_dtype,
             ),
             grads=None if mine == list(range(len(grads))) else mine,
-            param_rms=Cells([rms for rms in kept if rms is not None])
-            if measured and all(rms is not None for rms in kept)
-            else None,
+            param_rms=kept if measured and len(kept) == len(tasks) else None,
         )
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:

@@ -319,7 +319,9 @@ class AdafactorBase(CheckpointedOptimizer):
         """
         evaluated: dict[Any, tuple[Scalars, bool]] = {}
         # Once a group: its lr may be a user's function.
-        lrs = {number: self._group_lr(self.param_groups[number]) for number in dict.fromkeys(groups)}
+        lrs = {
+            number: self._group_lr(self.param_groups[number]) for number in dict.fromkeys(groups)
+        }
         for cohort, number, call in zip(cohorts, groups, calls, strict=True):
             rule, key = cohort.rule, (number, id(cohort.rule), call)
             if key not in evaluated:
