@@ -48,7 +48,7 @@ class _Known(NamedTuple):
         ids: Of all parameters.
         params: All parameters, likewise.
         group_rules: The rule of the group of each.
-        own_rules: What ``_param_rule`` made of it.
+        own_rules: As ``_own_rules`` returned them.
     """
 
     prepared: Prepared
@@ -57,7 +57,7 @@ class _Known(NamedTuple):
     ids: list[TensorId]
     params: list[Tensor]
     group_rules: list[Rule]
-    own_rules: list[Rule]
+    own_rules: list[Rule] | None
 
 
 class AdafactorBase(CheckpointedOptimizer):
@@ -223,7 +223,7 @@ class AdafactorBase(CheckpointedOptimizer):
         found = fingerprint_of(self.param_groups, rules, self.state)
         if found is None or not known.fingerprint.matches(found[0]):
             return None
-        own_rules = list(map(self._param_rule, known.group_rules, known.ids, known.params))
+        own_rules = self._own_rules(known.group_rules, known.ids, known.params)
         if own_rules != known.own_rules:
             return None
         calls = [clock.next_call() for clock in known.prepared.clocks]
@@ -232,6 +232,14 @@ class AdafactorBase(CheckpointedOptimizer):
         self._evaluate(known.prepared.cohorts, known.groups, cast("list[Number]", calls))
         self._known = known
         return known.prepared, found[1]
+
+    def _own_rules(
+        self, group_rules: list[Rule], ids: list[TensorId], params: list[Tensor]
+    ) -> list[Rule] | None:
+        """The rule of every parameter, from that of its group; None where they are the same."""
+        if type(self)._param_rule is AdafactorBase._param_rule:
+            return None
+        return list(map(self._param_rule, group_rules, ids, params))
 
     def _draft(self, rules: list[Rule]) -> list[_Draft]:
         """Check everything that this step concerns, changing nothing."""
@@ -303,7 +311,7 @@ class AdafactorBase(CheckpointedOptimizer):
                 ids,
                 params,
                 group_rules,
-                list(map(self._param_rule, group_rules, ids, params)),
+                self._own_rules(group_rules, ids, params),
             )
         return prepared, [draft.param.grad for draft in drafts if draft.param.grad is not None]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -195,7 +196,7 @@ class _Executor:
         """Hand items to the library."""
         self._send_numbers()
         grads = self._laid_out(exchange.grads)
-        addresses = list(map(Tensor.data_ptr, grads)) or [0] * len(self.params)
+        addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
         factor, skip = exchange.grad_factor, exchange.skip
         if factor is not None:
             factor = factor.to(torch.float64).contiguous()
@@ -204,7 +205,7 @@ class _Executor:
             len(items),
             self.tensors,
             len(self.tensors),
-            (ctypes.c_void_p * len(addresses))(*addresses),
+            addresses.buffer_info()[0],
             None if factor is None else factor.data_ptr(),
             None if skip is None else skip.data_ptr(),
             self.rules,

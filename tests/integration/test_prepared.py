@@ -22,7 +22,7 @@ from tests import stepping
 from tests.dialects import DIALECTS, HF, KERAS, OPTAX, TORCH, VARIANTS, Dialect
 from tests.stepping import params_of
 
-SHAPES = ((6, 6), (7,), (4, 3, 5), (7,), ())
+SHAPES = ((6, 6), (7,), (4, 3, 5), (7,), (), (0, 3))
 BACKENDS = ["reference", "cpp"] if cpp.missing() is None else ["reference"]
 Change = Callable[[Any], None]
 
@@ -100,6 +100,12 @@ def gradient_laid_out_anew_in_place(optimizer: Any) -> None:
 
 def gradient_gone(optimizer: Any) -> None:
     param_of(optimizer).grad = None
+
+
+def param_moved_to_the_next_group(optimizer: Any) -> None:
+    """The order of all parameters stays."""
+    first, second = optimizer.param_groups
+    second["params"].insert(0, first["params"].pop())
 
 
 def gradients_gone(optimizer: Any) -> None:
@@ -261,6 +267,44 @@ def test_a_change_is_followed(change: Change, backend: str) -> None:
     assert_steps_alike(kept, fresh, change)
 
 
+def test_a_gradient_that_moves_is_followed(backend):
+    """From one parameter to another that looks the same, so that all gradients do too."""
+    kept, fresh = (build(TORCH, backend) for _ in range(2))
+    for step in range(4):
+        for optimizer in (kept, fresh):
+            stepping.take_steps(optimizer, 1, start=step) if step < 2 else None
+            first, second = (param_of(optimizer, number) for number in (1, 3))
+            for p, grad in ((first, step % 2), (second, 1 - step % 2)):
+                p.grad = torch.full_like(p, step + 1.0) if grad else None
+        forget(fresh)
+        kept.step()
+        fresh.step()
+        stepping.assert_same_optimizers(kept, fresh)
+
+
+def test_a_parameter_that_moves_to_another_group_is_followed(backend):
+    def build_two() -> Any:
+        params = stepping.make_params(SHAPES)
+        groups = [{"params": params[:3]}, {"params": params[3:], "lr": 1e-4, "seed": 1}]
+        return TORCH(groups, backend=backend)
+
+    assert_steps_alike(build_two(), build_two(), param_moved_to_the_next_group)
+
+
+def test_another_dtype_of_the_same_size_is_followed(backend):
+    """The same bits at the same address are other numbers."""
+
+    def as_float16(optimizer: Any) -> None:
+        p = param_of(optimizer)
+        values = p.grad.half()
+        p.grad = None
+        p.data = p.data.view(torch.float16)
+        p.grad = values
+
+    kept, fresh = (build(TORCH, backend, torch.bfloat16) for _ in range(2))
+    assert_steps_alike(kept, fresh, as_float16)
+
+
 @pytest.mark.parametrize("change", [group_value(seed=5), params_swapped], ids=lambda c: c.__name__)
 def test_the_key_of_stochastic_rounding_is_followed(change: Change, backend: str) -> None:
     kept, fresh = (build(TORCH, backend, torch.bfloat16, rounding="stochastic") for _ in range(2))
@@ -307,7 +351,7 @@ def test_nonfinite_gradients_part_the_counters(backend):
 
     kept, fresh = (build(TORCH, backend, nonfinite="skip") for _ in range(2))
     assert_steps_alike(kept, fresh, spoil)
-    assert [float(kept.state[p]["step"]) for p in params_of(kept)] == [5.0, 6.0, 6.0, 6.0, 6.0]
+    assert [float(kept.state[p]["step"]) for p in params_of(kept)] == [5.0, 6.0, 6.0, 6.0, 6.0, 6.0]
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -351,6 +395,23 @@ def other_shape_of_data(optimizer: Any) -> None:
     p.grad = grad.view(3, 4, 5)
 
 
+def fewer_rows(optimizer: Any) -> None:
+    """At the same address, with the same strides."""
+    p = param_of(optimizer, 2)
+    p.data = p.data[:2]
+    p.grad.data = p.grad.data[:2]
+
+
+def fewer_rows_of_the_gradient(optimizer: Any) -> None:
+    grad = param_of(optimizer, 2).grad
+    grad.data = grad.data[:2]
+
+
+def integers_in_the_gradient(optimizer: Any) -> None:
+    grad = param_of(optimizer).grad
+    grad.data = grad.data.view(torch.int32)
+
+
 def negative_lr(optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"] = -1.0
 
@@ -363,6 +424,9 @@ FAULTS = [
     renamed_entry,
     no_tensor,
     other_shape_of_data,
+    fewer_rows,
+    fewer_rows_of_the_gradient,
+    integers_in_the_gradient,
     negative_lr,
 ]
 
