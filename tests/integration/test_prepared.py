@@ -276,6 +276,7 @@ def test_a_gradient_that_moves_is_followed(backend):
             first, second = (param_of(optimizer, number) for number in (1, 3))
             for p, grad in ((first, step % 2), (second, 1 - step % 2)):
                 p.grad = torch.full_like(p, step + 1.0) if grad else None
+            param_of(optimizer, 2).grad = None
         forget(fresh)
         kept.step()
         fresh.step()
@@ -296,10 +297,7 @@ def test_another_dtype_of_the_same_size_is_followed(backend):
 
     def as_float16(optimizer: Any) -> None:
         p = param_of(optimizer)
-        values = p.grad.half()
-        p.grad = None
         p.data = p.data.view(torch.float16)
-        p.grad = values
 
     kept, fresh = (build(TORCH, backend, torch.bfloat16) for _ in range(2))
     assert_steps_alike(kept, fresh, as_float16)
@@ -354,6 +352,17 @@ def test_nonfinite_gradients_part_the_counters(backend):
     assert [float(kept.state[p]["step"]) for p in params_of(kept)] == [5.0, 6.0, 6.0, 6.0, 6.0, 6.0]
 
 
+def test_a_parameter_in_the_memory_of_another_has_no_state_yet(backend):
+    optimizer = build(TORCH, backend)
+    stepping.take_steps(optimizer, 3)
+    old = param_of(optimizer)
+    new = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(old.detach())
+    new.grad = old.grad
+    optimizer.step()
+    assert float(optimizer.state[new]["step"]) == 1.0
+    assert float(optimizer.state[old]["step"]) == 3.0
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -383,6 +392,11 @@ def renamed_entry(optimizer: Any) -> None:
     state.update({"v" if key == "variance" else key: value for key, value in values})
 
 
+def reshaped_entry(optimizer: Any) -> None:
+    """At the same address."""
+    state_of(optimizer)["variance"] = state_of(optimizer)["variance"].view(1, 7)
+
+
 def no_tensor(optimizer: Any) -> None:
     state_of(optimizer)["variance"] = 1.0
 
@@ -399,7 +413,6 @@ def fewer_rows(optimizer: Any) -> None:
     """At the same address, with the same strides."""
     p = param_of(optimizer, 2)
     p.data = p.data[:2]
-    p.grad.data = p.grad.data[:2]
 
 
 def fewer_rows_of_the_gradient(optimizer: Any) -> None:
@@ -422,6 +435,7 @@ FAULTS = [
     bad_counts,
     missing_entry,
     renamed_entry,
+    reshaped_entry,
     no_tensor,
     other_shape_of_data,
     fewer_rows,
