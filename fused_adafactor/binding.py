@@ -1,32 +1,59 @@
-"""A planned tensor bound to the memory and the numbers of one step."""
+"""What a backend gets: planned tensors bound to memory, and what passes in one step.
+
+Bindings are made once and kept for as long as nothing moves; what is new in every step is in the
+cohorts, one record for many tensors, and in the exchange.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_adafactor.plan import Activity, PlannedTensor
-from fused_adafactor.rounding import RoundingKey
+from fused_adafactor.rounding import Rounding, RoundingKey
 from fused_adafactor.rule import Rule, Scalars
 from fused_adafactor.schedule import Number
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
+class Cohort:
+    """Tensors that every number of a step is the same for; the last three are set in every step.
+
+    Attributes:
+        rule: Their rule.
+        seed: Key of stochastic rounding.
+        device: Theirs.
+        has_grad: Whether they have gradients; without one only the average of a tensor moves.
+        scalars: The numbers of this step.
+        activity: What this call does to them.
+        grad_scale: What the raw gradient is multiplied by when it is read: -1 for maximize, 1 /
+            loss scale.
+    """
+
+    rule: Rule
+    seed: int
+    device: torch.device
+    has_grad: bool
+    scalars: Scalars = field(init=False)
+    activity: Activity = field(init=False)
+    grad_scale: Number = field(init=False)
+
+
+@dataclass(kw_only=True, eq=False)
 class Binding:
-    """What a backend gets of one tensor.
+    """One tensor.
 
     Shapes: [..., n, m] is the matrix view of the spec; "full" is the shape of the parameter. A
     state entry that the rule does not have is None.
 
     Attributes:
         planned: The tensor in the plan.
-        rule: Its rule.
-        scalars: The numbers of this step.
-        activity: What this call does to it.
+        cohort: Its rule, and the numbers of this step.
         param: Full; written in place.
-        grad: Full, never written; None when only the average moves.
         row_var: [..., n], contiguous.
         col_var: [..., m], contiguous.
         var: Unfactored second moment, full (or the matrix of a reshaped view).
@@ -35,26 +62,11 @@ class Binding:
         compensation: Of Kahan's summation, full.
         average: EMA of the weights, full.
         accumulator: Sum of gradients since the last update, full.
-        grad_scale: What the raw gradient is multiplied by when it is read: -1 for maximize, 1 /
-            loss scale.
-        rounding_key: Key of stochastic rounding, or None.
-        grad_sq: Set by ``STATS``: Σ g² before any clipping, 0-d.
-        grad_factor: Set between ``STATS`` and ``FINALIZE`` where gradients are clipped by a norm,
-            0-d; else None.
-        skip: Set there too: 0-d bool, true if nothing may be written; None if that cannot be.
-        param_rms: Set by ``FINALIZE``: RMS(p), 0-d, if the rule needs it.
-        alpha: Set by ``FINALIZE``: the absolute step size alpha_t.
-        update_rms: Set by ``FINALIZE`` or ``UPDATE_RMS``: RMS(u) before clipping, 0-d, if the rule
-            clips.
-        scratch: The backend's own partial sums.
     """
 
     planned: PlannedTensor
-    rule: Rule
-    scalars: Scalars
-    activity: Activity
+    cohort: Cohort
     param: Tensor
-    grad: Tensor | None
     row_var: Tensor | None
     col_var: Tensor | None
     var: Tensor | None
@@ -63,12 +75,53 @@ class Binding:
     compensation: Tensor | None
     average: Tensor | None
     accumulator: Tensor | None
-    grad_scale: Number
-    rounding_key: RoundingKey | None
-    grad_sq: Tensor | None = None
-    grad_factor: Tensor | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """Its rule."""
+        return self.cohort.rule
+
+    @property
+    def scalars(self) -> Scalars:
+        """The numbers of this step."""
+        return self.cohort.scalars
+
+    @property
+    def grad_scale(self) -> Number:
+        """What the raw gradient is multiplied by when it is read."""
+        return self.cohort.grad_scale
+
+    @property
+    def rounding_key(self) -> RoundingKey | None:
+        """Key of stochastic rounding in this step, or None."""
+        if self.rule.rounding is not Rounding.STOCHASTIC:
+            return None
+        t = self.scalars.t
+        step = t.to(torch.int64) if isinstance(t, Tensor) else int(t)
+        return RoundingKey(self.cohort.seed, self.planned.spec.id.index, step)
+
+
+@dataclass(kw_only=True, eq=False)
+class Exchange:
+    """What passes between the engine and a backend in one step; gone when the step is over.
+
+    A vector has one value for each tensor, in their order, in their math dtype and on their device.
+
+    Attributes:
+        grads: Gradients, never written; none where only averages move.
+        skip: Vector of bool: nothing may be written; None if that cannot be.
+        grad_factor: Vector: what clipping by a norm multiplies the gradients by. Set between
+            ``STATS`` and ``FINALIZE``; None where nothing is clipped by a norm.
+        grad_sq: Vector: Σ g² before any clipping. Set by ``STATS`` where it runs without the rest.
+        param_rms: Vector: RMS(p). Set by ``FINALIZE`` if ``wants_param_rms``.
+        wants_param_rms: Whether somebody will read it; every rule then measures it.
+        scratch: The backend's own, from one call to the next.
+    """
+
+    grads: Sequence[Tensor]
     skip: Tensor | None = None
+    grad_factor: Tensor | None = None
+    grad_sq: Tensor | None = None
     param_rms: Tensor | None = None
-    alpha: Number = 0.0
-    update_rms: Tensor | None = None
+    wants_param_rms: bool = False
     scratch: Any = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -67,3 +69,74 @@ def number_of(lr: float | Tensor | None, call: Number) -> Number | None:
     if lr.device.type == "cpu" and not isinstance(call, Tensor):
         return float(lr)
     return lr.reshape(()).double()
+
+
+_BOXES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+
+
+class Cells:
+    """0-d tensors of one device that are read and counted up all at once.
+
+    On the host that is done in their memory: torch takes longer to add 1 to a number than the step
+    of a small tensor takes. So they must stay where they are for as long as this is used.
+
+    Args:
+        tensors: On one device, each once.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Find their memory."""
+        self.tensors = list(tensors)
+        self._boxes: list[Any] | None = None
+        if all(map(_is_plain, tensors)):
+            self._boxes = [_BOXES[t.dtype].from_address(t.data_ptr()) for t in tensors]
+
+    def read(self) -> list[float]:
+        """Their values; waits for a device."""
+        if self._boxes is None:
+            return list(map(float, self.tensors))
+        return list(map(attrgetter("value"), self._boxes))
+
+    def advance(self, amounts: Tensor | None) -> None:
+        """Add 1 to all, or a vector of bool, without asking a device."""
+        if amounts is not None:
+            torch._foreach_add_(self.tensors, list(amounts.unbind()))
+        elif self._boxes is None:
+            torch._foreach_add_(self.tensors, 1)
+        else:
+            for box in self._boxes:
+                box.value += 1.0
+            torch.autograd.graph.increment_version(self.tensors)
+
+
+class Clock:
+    """What tensors that are at the same step read their step from.
+
+    Args:
+        counters: Theirs, each once.
+        on_host: Whether the step is a Python number; otherwise there is one counter.
+    """
+
+    def __init__(self, counters: Sequence[Tensor], on_host: bool) -> None:
+        """Find their memory."""
+        self._cells = Cells(counters)
+        self._on_host = on_host
+
+    def next_call(self) -> Number | None:
+        """Number of the coming call; None where the counters have parted, or count no steps."""
+        if not self._on_host:
+            return self._cells.tensors[0].double() + 1.0
+        counts = self._cells.read()
+        count = counts[0]
+        together = counts.count(count) == len(counts)
+        return count + 1.0 if together and 0 <= count < math.inf and not count % 1 else None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no more than a number in the host's memory."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _BOXES
+        and not tensor.is_inference()
+    )

@@ -1,22 +1,36 @@
 """From tensors to phases: plan cache, binding, the phase loop, and what happens between the phases.
 
 The engine knows rules, specs and state layouts, but no dialect and no param group.
+
+What follows from the tensors alone is in a ``Prepared`` step and its courses; it is made once and
+used for as long as they stay as they are. What a step adds to it (the numbers in the cohorts, the
+gradients, what is skipped) is set or made by ``Engine.run`` and gone with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_adafactor import backends
-from fused_adafactor.binding import Binding
-from fused_adafactor.plan import Activity, Facts, Plan, PlannedTensor, describe, make_plan
-from fused_adafactor.rounding import Rounding, RoundingKey
-from fused_adafactor.rule import GradClipKind, Nonfinite, Rule, Scalars, StepCount
+from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.counting import Clock
+from fused_adafactor.joining import Counters, Members, initial_skip, join, joins, shared_skips
+from fused_adafactor.plan import (
+    Activity,
+    Facts,
+    Launch,
+    Phase,
+    Plan,
+    PlannedTensor,
+    describe,
+    make_plan,
+)
+from fused_adafactor.rule import Rule, StepCount
 from fused_adafactor.schedule import Number
 from fused_adafactor.spec import TensorSpec
 from fused_adafactor.state import StateLayout, canonical
@@ -24,31 +38,98 @@ from fused_adafactor.state import StateLayout, canonical
 _PLANS_KEPT = 64
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Task:
-    """One checked tensor that a call of step() concerns.
+    """One checked tensor that a step concerns.
 
     Attributes:
         spec: The tensor.
-        rule: Its rule.
-        activity: What the call does to it.
-        scalars: The numbers of this step.
+        cohort: Its rule, and the numbers of each step.
         param: The parameter.
-        grad: Its gradient; None if only the average moves.
         state: Its state, complete.
         counter: The step counter that it follows; advanced when the call is done.
-        seed: Key of stochastic rounding.
     """
 
     spec: TensorSpec
-    rule: Rule
-    activity: Activity
-    scalars: Scalars
+    cohort: Cohort
     param: Tensor
-    grad: Tensor | None
     state: dict[str, Any]
     counter: Tensor
-    seed: int
+
+
+@dataclass(kw_only=True, eq=False)
+class _Batch:
+    """Tensors of one plan, device, math dtype and activity: what one executor steps.
+
+    Attributes:
+        executor: Of the backend; None for tensors without elements, which are only counted.
+        activity: What happens to them.
+        segments: Of the plan.
+        members: Where each belongs.
+        grads: Places of theirs among all gradients; None for all of them, in order.
+        param_rms: Where RMS(p) is kept, if the dialect does.
+    """
+
+    executor: backends.Executor | None
+    activity: Activity
+    segments: tuple[tuple[Phase, ...], ...]
+    members: Members
+    grads: list[int] | None
+    param_rms: list[Tensor] | None
+
+    def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
+        """What this step starts with."""
+        return Exchange(
+            grads=grads if self.grads is None else [grads[place] for place in self.grads],
+            skip=initial_skip(self.members, found_inf),
+            wants_param_rms=self.param_rms is not None,
+        )
+
+    def keep_param_rms(self, exchange: Exchange) -> None:
+        """Store RMS(p) where the state of the dialect has it."""
+        if self.param_rms is not None and exchange.param_rms is not None:
+            rms = exchange.param_rms
+            if exchange.skip is not None:
+                kept = torch.stack([value.to(rms) for value in self.param_rms])
+                rms = torch.where(exchange.skip, kept, rms)
+            torch._foreach_copy_(self.param_rms, list(rms.unbind()))
+
+
+@dataclass(kw_only=True, eq=False)
+class _Course:
+    """How a prepared step goes when every cohort has a certain activity.
+
+    Attributes:
+        batches: In the order of their plans.
+        counters: Those that advance.
+    """
+
+    batches: list[_Batch]
+    counters: Counters
+
+
+@dataclass(kw_only=True, eq=False)
+class Prepared:
+    """A step that can be taken as long as no tensor and no rule of it changes.
+
+    Attributes:
+        tasks: Its tensors.
+        cohorts: Theirs; their numbers are set before each step.
+        clocks: What the step of each cohort is read from.
+        counters: Number of the counter of each task, by ``id``.
+        courses: By the activities of the cohorts.
+    """
+
+    tasks: Sequence[Task]
+    cohorts: Sequence[Cohort]
+    clocks: Sequence[Clock]
+    counters: dict[int, int] = field(init=False)
+    courses: dict[tuple[Activity, ...], _Course] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Number the counters."""
+        unique = dict.fromkeys(id(task.counter) for task in self.tasks)
+        self.counters = {key: number for number, key in enumerate(unique)}
 
 
 class Engine:
@@ -81,61 +162,103 @@ class Engine:
 
     def explain(self, specs: Sequence[TensorSpec], rules: Sequence[Rule]) -> str:
         """The plan of an update of these tensors, as a table."""
-        return "\n\n".join(describe(plan) for plan in self.plan(specs, _joins(rules)))
+        return "\n\n".join(describe(plan) for plan in self.plan(specs, joins(rules)))
 
     def run(
         self,
-        tasks: Sequence[Task],
+        prepared: Prepared,
+        grads: Sequence[Tensor],
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
         """Execute one call of step().
 
         Args:
-            tasks: The tensors, all checked.
+            prepared: The tensors, all checked, with the numbers of this call.
+            grads: Of those tasks that have one, in their order.
             grad_scale: Loss scale that the gradients still carry, 0-d, or None (torch's GradScaler
                 protocol).
             found_inf: 0-d, nonzero if nothing may be written, or None.
         """
-        joined = _joins([task.rule for task in tasks if task.activity is Activity.UPDATE])
-        plans = self.plan([task.spec for task in tasks], joined)
-        places = {p.spec.id.index: (plan, p) for plan in plans for p in plan.tensors}
-        bound: list[tuple[Plan, Binding]] = []
-        for task in tasks:
-            plan, planned = places[task.spec.id.index]
-            binding = self._bind(task, planned, grad_scale)
-            binding.skip = _initial_skip(binding, found_inf)
-            bound.append((plan, binding))
-        self._update(plans, [(p, b) for p, b in bound if b.activity is Activity.UPDATE])
-        bindings = [binding for _, binding in bound]
-        self._keep_param_rms(tasks, bindings)
-        _mark_accumulated([b for b in bindings if b.activity is Activity.ACCUMULATE])
-        skips = _share_skips(tasks, bindings)
-        for plan in plans:
-            backend = backends.load(plan.facts.backend)
-            for activity in (Activity.ACCUMULATE, Activity.AVERAGE, Activity.DROP):
-                mine = [b for owner, b in bound if owner is plan and b.activity is activity]
-                backend.run_activity(activity, mine)
+        for cohort in prepared.cohorts:
+            cohort.grad_scale = _grad_scale(cohort, grad_scale)
+        course = self._course(prepared)
+        parts = [(batch, batch.exchange(grads, found_inf)) for batch in course.batches]
+        _update([part for part in parts if part[0].activity is Activity.UPDATE])
+        _mark_accumulated([part for part in parts if part[0].activity is Activity.ACCUMULATE])
+        skipped = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
+        for batch, exchange in parts:
+            if batch.executor is None or batch.activity is Activity.UPDATE:
+                continue
+            if skipped is not None and batch.activity is not Activity.ACCUMULATE:
+                # Tensors that had no gradient in this call learn here that it is skipped.
+                members = batch.members
+                exchange.skip = skipped.to(members.device)[members.counter_index]
+            batch.executor.run_activity(batch.activity, exchange)
         # Last, so that a backend that raises has counted nothing.
-        _advance(tasks, skips)
+        course.counters.advance(skipped)
 
-    def _update(self, plans: list[Plan], bound: list[tuple[Plan, Binding]]) -> None:
-        if not bound:
-            return
-        for number in range(len(plans[0].segments)):
-            if number:
-                _join([binding for _, binding in bound])
-            for plan in plans:
-                mine = [binding for owner, binding in bound if owner is plan]
-                backends.load(plan.facts.backend).run(plan.segments[number], mine)
+    def _course(self, prepared: Prepared) -> _Course:
+        """The course of a step, made when its activities first come up."""
+        activities = tuple(cohort.activity for cohort in prepared.cohorts)
+        course = prepared.courses.get(activities)
+        if course is None:
+            course = prepared.courses[activities] = self._make_course(prepared)
+        return course
 
-    def _keep_param_rms(self, tasks: Sequence[Task], bindings: Sequence[Binding]) -> None:
-        """Store RMS(p) where the state of the dialect has it."""
-        for task, binding in zip(tasks, bindings, strict=True):
-            kept = canonical(task.state, task.spec, self.layout, "param_rms")
-            rms = binding.param_rms
-            if kept is not None and rms is not None:
-                kept.copy_(rms if binding.skip is None else torch.where(binding.skip, kept, rms))
+    def _make_course(self, prepared: Prepared) -> _Course:
+        tasks = prepared.tasks
+        updated = [t.cohort.rule for t in tasks if t.cohort.activity is Activity.UPDATE]
+        plans = self.plan([task.spec for task in tasks], joins(updated))
+        places = {p.spec.id.index: (plan, p) for plan in plans for p in plan.tensors}
+        # By cohort, so that what is the same for many tensors is a slice of a vector.
+        order = {id(cohort): number for number, cohort in enumerate(prepared.cohorts)}
+        with_grads = [number for number, task in enumerate(tasks) if task.cohort.has_grad]
+        grads = {number: place for place, number in enumerate(with_grads)}
+        batches: dict[Any, list[int]] = {}
+        for number, task in sorted(enumerate(tasks), key=lambda pair: order[id(pair[1].cohort)]):
+            plan, planned = places[task.spec.id.index]
+            empty = planned.launch is Launch.EMPTY
+            key = (id(plan), empty, task.spec.device, task.spec.math_dtype, task.cohort.activity)
+            batches.setdefault(key, []).append(number)
+        return _Course(
+            batches=[
+                self._make_batch(prepared, numbers, places, grads) for numbers in batches.values()
+            ],
+            counters=_counters(prepared),
+        )
+
+    def _make_batch(
+        self,
+        prepared: Prepared,
+        numbers: list[int],
+        places: dict[int, tuple[Plan, PlannedTensor]],
+        grads: dict[int, int],
+    ) -> _Batch:
+        tasks = [prepared.tasks[number] for number in numbers]
+        bindings = [self._bind(task, places[task.spec.id.index][1]) for task in tasks]
+        plan, planned = places[tasks[0].spec.id.index]
+        executor = None
+        if planned.launch is not Launch.EMPTY:
+            executor = backends.load(plan.facts.backend).bind(bindings, plan.segments)
+        mine = [grads[number] for number in numbers if number in grads]
+        activity = tasks[0].cohort.activity
+        found = [canonical(task.state, task.spec, self.layout, "param_rms") for task in tasks]
+        kept = [rms for rms in found if rms is not None]
+        measured = activity is Activity.UPDATE and all(t.cohort.rule.keep_param_rms for t in tasks)
+        return _Batch(
+            executor=executor,
+            activity=activity,
+            segments=plan.segments,
+            members=Members(
+                cohorts=[task.cohort for task in tasks],
+                counters=[prepared.counters[id(task.counter)] for task in tasks],
+                device=planned.spec.device,
+                math_dtype=planned.spec.math_dtype,
+            ),
+            grads=None if mine == list(range(len(grads))) else mine,
+            param_rms=kept if measured and len(kept) == len(tasks) else None,
+        )
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:
         key = (specs, facts, joined)
@@ -146,23 +269,14 @@ class Engine:
             plan = self._plans[key] = make_plan(specs, facts, joined)
         return plan
 
-    def _bind(self, task: Task, planned: PlannedTensor, grad_scale: Tensor | None) -> Binding:
+    def _bind(self, task: Task, planned: PlannedTensor) -> Binding:
         def entry(name: str) -> Tensor | None:
             return canonical(task.state, task.spec, self.layout, name)
 
-        scale: Number = (-1.0 if task.rule.maximize else 1.0) / task.rule.grad_divisor
-        if grad_scale is not None:
-            scale = scale / grad_scale.to(task.spec.device, non_blocking=True)
-        key = None
-        if task.rule.rounding is Rounding.STOCHASTIC:
-            key = RoundingKey(task.seed, task.spec.id.index, _whole(task.scalars.t))
         return Binding(
             planned=planned,
-            rule=task.rule,
-            scalars=task.scalars,
-            activity=task.activity,
-            param=task.param.detach(),
-            grad=None if task.grad is None else task.grad.detach(),
+            cohort=task.cohort,
+            param=task.param,
             row_var=entry("row_var"),
             col_var=entry("col_var"),
             var=entry("var"),
@@ -171,101 +285,46 @@ class Engine:
             compensation=entry("compensation"),
             average=entry("average"),
             accumulator=entry("accumulator"),
-            grad_scale=scale,
-            rounding_key=key,
         )
 
 
-def _whole(t: Number) -> int | Tensor:
-    return t.to(torch.int64) if isinstance(t, Tensor) else int(t)
+def _grad_scale(cohort: Cohort, grad_scale: Tensor | None) -> Number:
+    scale = (-1.0 if cohort.rule.maximize else 1.0) / cohort.rule.grad_divisor
+    return scale if grad_scale is None else scale / grad_scale.to(cohort.device, non_blocking=True)
 
 
-def _joins(rules: Sequence[Rule]) -> bool:
-    """Whether something must be known of the tensors between the sums and the factors."""
-    return any(
-        rule.nonfinite is Nonfinite.SKIP
-        or (rule.grad_clip is not None and rule.grad_clip.kind is not GradClipKind.VALUE)
-        for rule in rules
-    )
-
-
-def _initial_skip(b: Binding, found_inf: Tensor | None) -> Tensor | None:
-    if found_inf is not None:
-        return found_inf.to(b.param.device, non_blocking=True).reshape(()).bool()
-    if b.rule.nonfinite is Nonfinite.SKIP:
-        return torch.zeros((), dtype=torch.bool, device=b.param.device)
-    return None
-
-
-def _join(bindings: list[Binding]) -> None:
-    """Between the sums and the factors: norms to clip by, and marks on what is to be skipped.
-
-    The global norm is over every gradient of this call; each tensor is clipped by the threshold of
-    its own rule. Tensors that share a step counter are skipped together, because the counter
-    cannot advance for some of them; a tensor that is clipped by a norm that is not finite is
-    skipped with it.
-    """
-    with_sums = [b for b in bindings if b.grad_sq is not None]
-    if not with_sums:
+def _update(parts: list[tuple[_Batch, Exchange]]) -> None:
+    """Run the phases, and what must be known between them."""
+    parts = [part for part in parts if part[0].executor is not None]
+    if not parts:
         return
-    total_sq = _sum_on_first_device([b.grad_sq for b in with_sums if b.grad_sq is not None])
-    for b in with_sums:
-        assert b.grad_sq is not None
-        clip = b.rule.grad_clip
-        finite = b.grad_sq.isfinite()
-        if clip is not None and clip.kind is not GradClipKind.VALUE:
-            norm_sq = b.grad_sq if clip.kind is GradClipKind.NORM else total_sq.to(b.grad_sq)
-            b.grad_factor = (clip.threshold / (norm_sq.sqrt() + clip.eps)).clamp(max=1.0)
-            if clip.nan_if_not_finite:
-                b.grad_factor = b.grad_factor + (norm_sq - norm_sq)
-            finite = finite & norm_sq.isfinite()
-        if b.rule.nonfinite is Nonfinite.SKIP and b.rule.step_count is StepCount.GLOBAL:
-            finite = finite & total_sq.isfinite().to(finite.device)
-        if b.rule.nonfinite is Nonfinite.SKIP:
-            assert b.skip is not None
-            b.skip = b.skip | ~finite
+    for number in range(len(parts[0][0].segments)):
+        if number:
+            join([(batch.members, exchange) for batch, exchange in parts])
+        for batch, exchange in parts:
+            assert batch.executor is not None
+            batch.executor.run(batch.segments[number], exchange)
+    for batch, exchange in parts:
+        batch.keep_param_rms(exchange)
 
 
-def _mark_accumulated(bindings: list[Binding]) -> None:
+def _mark_accumulated(parts: list[tuple[_Batch, Exchange]]) -> None:
     """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
-    if any(b.rule.nonfinite is Nonfinite.SKIP for b in bindings):
-        for b in bindings:
-            assert b.grad is not None
-            b.grad_sq = b.grad.to(b.planned.spec.math_dtype).square().sum()
-        _join(bindings)
+    parts = [part for part in parts if part[0].executor is not None]
+    if any(batch.members.skips for batch, _ in parts):
+        for batch, exchange in parts:
+            dtype = batch.members.math_dtype
+            sums = [grad.to(dtype).square().sum() for grad in exchange.grads]
+            exchange.grad_sq = torch.stack(sums)
+        join([(batch.members, exchange) for batch, exchange in parts])
 
 
-def _sum_on_first_device(values: list[Tensor]) -> Tensor:
-    first = values[0]
-    dtype = torch.float64 if any(v.dtype is torch.float64 for v in values) else torch.float32
-    return torch.stack([v.to(first.device, dtype, non_blocking=True) for v in values]).sum()
-
-
-def _share_skips(tasks: Sequence[Task], bindings: Sequence[Binding]) -> dict[int, Tensor]:
-    """By counter, whether its step is skipped: what shares a counter is skipped together.
-
-    Tensors that had no gradient in this call learn it here.
-    """
-    skips: dict[int, Tensor] = {}
-    for task, binding in zip(tasks, bindings, strict=True):
-        if binding.skip is not None:
-            before = skips.get(id(task.counter))
-            skip = binding.skip.to(task.counter.device)
-            skips[id(task.counter)] = skip if before is None else before | skip
-    for task, binding in zip(tasks, bindings, strict=True):
-        shared = skips.get(id(task.counter))
-        if shared is not None and binding.activity in (Activity.AVERAGE, Activity.DROP):
-            binding.skip = shared.to(binding.param.device)
-    return skips
-
-
-def _advance(tasks: Sequence[Task], skips: dict[int, Tensor]) -> None:
-    """Count this call, unless it is skipped, without asking a device."""
-    counters = {
+def _counters(prepared: Prepared) -> Counters:
+    """The counters that this call advances, by the activities of the cohorts."""
+    counted = {
         id(task.counter): task.counter
-        for task in tasks
-        if task.rule.step_count is StepCount.GLOBAL
-        or task.activity in (Activity.UPDATE, Activity.ACCUMULATE)
+        for task in prepared.tasks
+        if task.cohort.rule.step_count is StepCount.GLOBAL
+        or task.cohort.activity in (Activity.UPDATE, Activity.ACCUMULATE)
     }
-    for key, counted in counters.items():
-        counted.add_((~skips[key]).to(counted) if key in skips else 1)
+    return Counters(list(counted.values()), [prepared.counters[key] for key in counted])

@@ -6,7 +6,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
@@ -16,12 +16,15 @@ from typing_extensions import override
 
 from fused_adafactor import backends
 from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
+from fused_adafactor.binding import Cohort
 from fused_adafactor.checkpoint import CheckpointedOptimizer, check_group
-from fused_adafactor.counting import counter, counter_device, next_call, number_of
-from fused_adafactor.engine import Engine, Task
+from fused_adafactor.counting import Clock, counter, counter_device, next_call, number_of
+from fused_adafactor.engine import Engine, Prepared, Task
+from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
-from fused_adafactor.spec import TensorSpec, spec_of
+from fused_adafactor.schedule import Number
+from fused_adafactor.spec import TensorId, TensorSpec, spec_of
 from fused_adafactor.state import check_state, init_state
 
 
@@ -31,8 +34,30 @@ class _Draft(NamedTuple):
     group: dict[str, Any]
     spec: TensorSpec
     rule: Rule
-    activity: Activity
+    has_grad: bool
     param: Tensor
+
+
+class _Known(NamedTuple):
+    """A prepared step, and by what to tell whether it can be taken again.
+
+    Attributes:
+        prepared: The step.
+        fingerprint: What it depends on.
+        groups: Number of the param group of each of its cohorts.
+        ids: Of all parameters.
+        params: All parameters, likewise.
+        group_rules: The rule of the group of each.
+        own_rules: As ``_own_rules`` returned them.
+    """
+
+    prepared: Prepared
+    fingerprint: Fingerprint
+    groups: list[int]
+    ids: list[TensorId]
+    params: list[Tensor]
+    group_rules: list[Rule]
+    own_rules: list[Rule] | None
 
 
 class AdafactorBase(CheckpointedOptimizer):
@@ -51,6 +76,8 @@ class AdafactorBase(CheckpointedOptimizer):
     lr_advice: ClassVar[str] = "Give lr as a number"
     # Keys that a param group may be given, by the key that it is kept under.
     aliases: ClassVar[Mapping[str, str]] = {}
+    # The last step, kept for the next one; never copied, pickled or saved.
+    _known: _Known | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
         """Check the extras and build the param groups."""
@@ -143,13 +170,15 @@ class AdafactorBase(CheckpointedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        drafts = self._draft()
-        if self._is_phantom_step(drafts):
-            return loss
+        rules = self._rules()
+        ready = self._recall(rules)
+        if ready is None:
+            drafts = self._draft(rules)
+            if self._is_phantom_step(drafts):
+                return loss
+            ready = self._commit(drafts, rules)
         self._engine.run(
-            self._commit(drafts),
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
+            *ready, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         )
         return loss
 
@@ -182,62 +211,137 @@ class AdafactorBase(CheckpointedOptimizer):
                 + " and ".join(f"({nonfinite.value!r}, {steps})" for nonfinite, steps in counted)
             )
 
-    def _draft(self) -> list[_Draft]:
+    def _recall(self, rules: list[Rule]) -> tuple[Prepared, list[Tensor]] | None:
+        """The step as it was prepared before, with this step's numbers, and the gradients.
+
+        None if anything else than the gradients' values has changed, which is then found out and
+        checked as in a first step.
+        """
+        known, self._known = self._known, None  # nothing stale is alive while a new one is made
+        if known is None:
+            return None
+        found = fingerprint_of(self.param_groups, rules, self.state)
+        if found is None or not known.fingerprint.matches(found[0]):
+            return None
+        own_rules = self._own_rules(known.group_rules, known.ids, known.params)
+        if own_rules != known.own_rules:
+            return None
+        calls = [clock.next_call() for clock in known.prepared.clocks]
+        if any(call is None for call in calls):
+            return None
+        self._evaluate(known.prepared.cohorts, known.groups, cast("list[Number]", calls))
+        self._known = known
+        return known.prepared, found[1]
+
+    def _own_rules(
+        self, group_rules: list[Rule], ids: list[TensorId], params: list[Tensor]
+    ) -> list[Rule] | None:
+        """The rule of every parameter, from that of its group; None where they are the same."""
+        if type(self)._param_rule is AdafactorBase._param_rule:
+            return None
+        return list(map(self._param_rule, group_rules, ids, params))
+
+    def _draft(self, rules: list[Rule]) -> list[_Draft]:
         """Check everything that this step concerns, changing nothing."""
-        rules = self._rules()
         drafts = []
         for group, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
             moves_without_grad = rule.weight_average is not None or rule.accumulation_steps > 1
             if param.grad is None and (not moves_without_grad or param not in self.state):
                 continue
-            activity = Activity.AVERAGE if param.grad is None else Activity.UPDATE
             spec = spec_of(id, param, param if param.grad is None else param.grad, rule)
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             self._engine.facts(spec.device)
-            drafts.append(_Draft(group, spec, rule, activity, param))
-        return drafts if any(draft.activity is Activity.UPDATE for draft in drafts) else []
+            drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
+        return drafts if any(draft.has_grad for draft in drafts) else []
 
-    def _commit(self, drafts: list[_Draft]) -> list[Task]:
-        """Evaluate the schedules, then create missing state."""
+    def _commit(self, drafts: list[_Draft], rules: list[Rule]) -> tuple[Prepared, list[Tensor]]:
+        """Evaluate the schedules, then create missing state; what comes of it is remembered."""
+        groups: list[int] = []
+        calls: list[Number] = []
+        members: dict[Any, tuple[Cohort, list[_Draft]]] = {}
+        equal: dict[Rule, Rule] = {}
+        for draft in drafts:
+            group, spec, rule, has_grad, param = draft
+            counted = self._counter(group, rule, param)
+            call = next_call(group, counted, param)
+            # What a device counts is not known here: the counter itself stands for it.
+            step = id(param if counted is None else counted) if isinstance(call, Tensor) else call
+            rule = equal.setdefault(rule, rule)
+            key = (spec.id.group, id(rule), spec.device, has_grad, isinstance(call, Tensor), step)
+            if key not in members:
+                cohort = Cohort(
+                    rule=rule, seed=group["seed"], device=spec.device, has_grad=has_grad
+                )
+                members[key] = cohort, []
+                groups.append(spec.id.group)
+                calls.append(call)
+            members[key][1].append(draft)
+        cohorts = [cohort for cohort, _ in members.values()]
+        self._evaluate(cohorts, groups, calls)
+        tasks: dict[int, Task] = {}
+        clocks = []
+        for (cohort, mine), call in zip(members.values(), calls, strict=True):
+            counters = {}
+            for group, spec, rule, _, param in mine:
+                device = counter_device(group, param)
+                init_state(self.state[param], spec, rule, self.layout, param, device)
+                counted = self._counter(group, rule, param)
+                assert counted is not None
+                counters[id(counted)] = counted
+                tasks[spec.id.index] = Task(
+                    spec=spec,
+                    cohort=cohort,
+                    param=param,
+                    state=self.state[param],
+                    counter=counted,
+                )
+            clocks.append(Clock(list(counters.values()), not isinstance(call, Tensor)))
+        prepared = Prepared(
+            tasks=[tasks[draft.spec.id.index] for draft in drafts], cohorts=cohorts, clocks=clocks
+        )
+        found = fingerprint_of(self.param_groups, rules, self.state)
+        if found is not None:
+            _, params, ids = map(list, zip(*self._ids(), strict=True))
+            group_rules = [rules[id.group] for id in ids]
+            self._known = _Known(
+                prepared,
+                found[0],
+                groups,
+                ids,
+                params,
+                group_rules,
+                self._own_rules(group_rules, ids, params),
+            )
+        return prepared, [draft.param.grad for draft in drafts if draft.param.grad is not None]
+
+    def _evaluate(
+        self, cohorts: Sequence[Cohort], groups: Sequence[int], calls: Sequence[Number]
+    ) -> None:
+        """Set the numbers of the coming step.
+
+        Args:
+            cohorts: Whose.
+            groups: Number of the param group of each.
+            calls: Number of the call, for each.
+        """
         evaluated: dict[Any, tuple[Scalars, bool]] = {}
         # Once a group: its lr may be a user's function.
-        groups = {id(group): group for group, *_ in drafts}
-        lrs = {key: self._group_lr(group) for key, group in groups.items()}
-        numbers = []
-        for group, _, rule, _, param in drafts:
-            call = next_call(group, self._counter(group, rule, param), param)
-            key = (id(group), id(rule), call)
+        lrs = {
+            number: self._group_lr(self.param_groups[number]) for number in dict.fromkeys(groups)
+        }
+        for cohort, number, call in zip(cohorts, groups, calls, strict=True):
+            rule, key = cohort.rule, (number, id(cohort.rule), call)
             if key not in evaluated:
                 t, updates = rule.update_of(call)
-                evaluated[key] = (rule.scalars(t, number_of(lrs[id(group)], call)), updates)
-            numbers.append(evaluated[key])
-        tasks = []
-        for (group, spec, rule, activity, param), (scalars, updates) in zip(
-            drafts, numbers, strict=True
-        ):
-            state = self.state[param]
-            init_state(state, spec, rule, self.layout, param, counter_device(group, param))
-            if activity is Activity.UPDATE and not updates:
-                activity = Activity.ACCUMULATE
-            elif activity is Activity.AVERAGE and updates and rule.accumulation_steps > 1:
-                activity = Activity.DROP
-            counted = self._counter(group, rule, param)
-            assert counted is not None
-            tasks.append(
-                Task(
-                    spec=spec,
-                    rule=rule,
-                    activity=activity,
-                    scalars=scalars,
-                    param=param,
-                    grad=param.grad,
-                    state=state,
-                    counter=counted,
-                    seed=group["seed"],
-                )
-            )
-        return tasks
+                evaluated[key] = rule.scalars(t, number_of(lrs[number], call)), updates
+            cohort.scalars, updates = evaluated[key]
+            if cohort.has_grad:
+                cohort.activity = Activity.UPDATE if updates else Activity.ACCUMULATE
+            elif updates and rule.accumulation_steps > 1:
+                cohort.activity = Activity.DROP
+            else:
+                cohort.activity = Activity.AVERAGE
 
     def _counter(self, group: dict[str, Any], rule: Rule, param: Tensor) -> Tensor | None:
         """The step counter that a parameter follows; None before its first step."""

@@ -90,6 +90,14 @@ class ThreadMemory {
   std::vector<char> lines_, chunks_, matrix_, whole_;
 };
 
+// What the statistics of a tensor have left in the scratch; see Sums in sums.h.
+double grad_sq_of(const Tensor& t, const void* scratch) {
+  const double* slab = reinterpret_cast<const double*>(static_cast<const char*>(scratch) + t.scratch);
+  double sum = 0;
+  for (int64_t i = 0; i < t.slabs; ++i) sum += slab[3 * i];
+  return sum;
+}
+
 }  // namespace
 }  // namespace fused_adafactor
 
@@ -106,16 +114,24 @@ extern "C" int32_t fused_adafactor_set_isa(int32_t isa) {
 }
 
 extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor* tensors, int64_t tensor_count,
-                                       const Rule* rules, void* scratch, int32_t threads) {
+                                       const void* const* grads, const double* grad_factors, const uint8_t* skips,
+                                       const Rule* rules, void* scratch, int32_t threads, Outcome* outcomes) {
   const Kernels& kernels = *kBuilds[chosen_isa];
+  for (int64_t i = 0; i < tensor_count; ++i) {
+    tensors[i].grad = grads[i];
+    tensors[i].grad_factor = grad_factors == nullptr ? 1.0 : grad_factors[i];
+    tensors[i].skip = skips != nullptr && skips[i] != 0;
+  }
   std::unique_ptr<Progress[]> progress(new Progress[tensor_count]);
   Needs needs;
+  bool only_sums = true;
   for (int64_t i = 0; i < count; ++i) {
     const Item& item = items[i];
     Progress& p = progress[item.tensor];
     if (item.kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kApply) p.apply_left.fetch_add(1, std::memory_order_relaxed);
+    only_sums = only_sums && item.kind == kStats;
     needs.add(tensors[item.tensor], item.kind == kWhole);
   }
   std::atomic<int64_t> ticket{0};
@@ -169,6 +185,10 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
           kernels.average(t, r, item.slab, buffers);
       }
     }
+  }
+  for (int64_t i = 0; outcomes != nullptr && i < tensor_count; ++i) {
+    const Tensor& t = tensors[i];
+    outcomes[i] = {only_sums ? grad_sq_of(t, scratch) : t.grad_sq, t.param_rms, t.alpha, t.update_rms};
   }
   return 0;
 }

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 import torch
 
-from fused_adafactor.binding import Binding
+from fused_adafactor.binding import Binding, Exchange
 from fused_adafactor.plan import Activity, Facts, Phase
 
 ENVIRONMENT = "FUSED_ADAFACTOR_BACKEND"
@@ -26,14 +26,32 @@ _MISSING = {
 }
 
 
+class Executor(Protocol):
+    """Steps the tensors that it was made for, as often as it is asked to.
+
+    It holds what follows from the bindings; everything else is in the cohorts and the exchange.
+    """
+
+    def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
+        """Run phases, in order, of an update."""
+
+    def run_activity(self, activity: Activity, exchange: Exchange) -> None:
+        """Run an activity that has no update."""
+
+
 class Backend(Protocol):
     """What a backend module offers; see ``backends/reference.py``, which is the specification."""
 
-    def run(self, phases: Sequence[Phase], bindings: Sequence[Binding]) -> None:
-        """Run phases, in order, on tensors whose activity is an update."""
+    def bind(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> Executor:
+        """Make an executor for tensors of one device and one math dtype, none of them empty.
 
-    def run_activity(self, activity: Activity, bindings: Sequence[Binding]) -> None:
-        """Run an activity that has no update."""
+        Args:
+            bindings: The tensors.
+            segments: The phases of an update, as they will be run; see ``Plan``.
+
+        Raises:
+            ValueError: State that the backend cannot read.
+        """
 
 
 class _Native(Protocol):

@@ -9,15 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Binding
-from fused_adafactor.plan import Activity, Launch, Phase
+from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import (
     DecayFactor,
@@ -78,6 +78,10 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+class _Outcome(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")]
+
+
 class _Item(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("kind", "tensor", "slab", "pad")]
 
@@ -98,13 +102,11 @@ def library() -> ctypes.CDLL:
             f"{_LIBRARY.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
         )
     native.fused_adafactor_run.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int32,
+        *(ctypes.c_void_p, ctypes.c_int64),  # items
+        *(ctypes.c_void_p, ctypes.c_int64),  # tensors
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),  # gradients, their factors, skips
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),  # rules, scratch, threads
+        ctypes.c_void_p,  # outcomes
     ]
     wanted = os.environ.get(ISA_ENVIRONMENT)
     if wanted is not None:
@@ -128,127 +130,174 @@ def missing() -> str | None:
     return None
 
 
-def run(phases: Sequence[Phase], bindings: Sequence[Binding]) -> None:
-    """Run phases, in order, on tensors whose activity is an update."""
-    call = [b for b in bindings if b.planned.launch is not Launch.EMPTY]
-    if call:
-        if Phase.STATS in phases:
-            batch = _Batch(call, in_one_go=Phase.APPLY in phases)
-            for b in call:
-                b.scratch = batch
-        batch = call[0].scratch
-        batch.execute(items_of(batch.geometries, phases))
-        batch.report(phases)
+class _Executor:
+    """Tensors in the library's records, which are filled once.
 
+    What is new in a step goes beside them: the rules' numbers, and the addresses of the gradients.
+    """
 
-def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
-    """Run an activity that has no update."""
-    call = [b for b in bindings if b.planned.launch is not Launch.EMPTY]
-    if not call:
-        return
-    if activity is Activity.DROP:
-        for b in call:
-            if b.accumulator is not None:
-                b.accumulator.zero_()
-    kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
-    batch = _Batch(call, in_one_go=True)
-    batch.execute(
-        (kind, number, slab)
-        for number, geometry in enumerate(batch.geometries)
-        for slab in range(geometry.slabs)
-    )
-
-
-class _Batch:
-    """Tensors in the library's records, with the memory for their sums."""
-
-    def __init__(self, bindings: Sequence[Binding], in_one_go: bool) -> None:
-        self.bindings = bindings
-        self.geometries = [_geometry(b) for b in bindings]
-        self.tensors = (_Tensor * len(bindings))()
-        self.kept: list[Tensor] = []  # copies of gradients, alive until the call is over
-        rules: dict[tuple[int, int, int, float], int] = {}
-        records: list[_Rule] = []
-        scratch = 0
-        for number, (b, geometry) in enumerate(zip(bindings, self.geometries, strict=True)):
-            record = self.tensors[number]
+    def __init__(
+        self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]
+    ) -> None:
+        count = len(bindings)
+        self.params = [b.param for b in bindings]
+        self.geometries = [geometry_of(b.planned.spec) for b in bindings]
+        self.tensors = (_Tensor * count)()
+        # A gradient that is not laid out like its parameter is copied in every step; nothing else.
+        self.odd = [
+            number for number, b in enumerate(bindings) if not _laid_out_alike(b.planned.spec)
+        ]
+        self.accumulators = [b.accumulator for b in bindings if b.accumulator is not None]
+        self.items: dict[object, ctypes.Array[_Item]] = {}
+        self.outcomes = torch.zeros(count, len(_Outcome._fields_), dtype=torch.float64)
+        self.math_dtype = bindings[0].planned.spec.math_dtype
+        rules: dict[tuple[int, float], int] = {}
+        self.cohorts: list[tuple[Cohort, float]] = []
+        for record, b, geometry in zip(self.tensors, bindings, self.geometries, strict=True):
             _fill_geometry(record, b, geometry)
-            self._fill_memory(record, b, geometry)
-            spec = b.planned.spec
-            eps1 = b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
-            key = (id(b.rule), id(b.scalars), _seed(b), eps1)
+            _fill_memory(record, b, geometry)
+            eps1 = b.rule.eps1_of(b.planned.spec.param_dtype, b.planned.spec.math_dtype)
+            key = (id(b.cohort), eps1)
             if key not in rules:
-                rules[key] = len(records)
-                records.append(_rule_record(b, eps1))
+                rules[key] = len(self.cohorts)
+                self.cohorts.append((b.cohort, eps1))
             record.rule = rules[key]
+        self.grad_scales = [0.0] * len(self.cohorts)
+        self.rules = (_Rule * len(self.cohorts))()
+        sizes = [_scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)]
+        place = self._share_scratch if len(segments) == 1 else self._spread_scratch
+        self.scratch = torch.empty(place(sizes), dtype=torch.uint8)
+
+    def _share_scratch(self, sizes: Sequence[int]) -> int:
+        """Two places in the scratch for all tensors, as only two are under way; their bytes.
+
+        A tensor that is one item has its sums in memory of its thread.
+        """
+        big = [number for number, g in enumerate(self.geometries) if not is_whole(g)]
+        first = max((sizes[number] for number in big[::2]), default=0)
+        second = max((sizes[number] for number in big[1::2]), default=0)
+        for record in self.tensors:
             record.after = -1
-            if not (in_one_go and is_whole(geometry)):
-                record.scratch = scratch
-                scratch += _scratch_bytes(geometry, b)
-        self.rules = (_Rule * len(records))(*records)
-        self.scratch = torch.empty(scratch, dtype=torch.uint8)
+        for place, number in enumerate(big):
+            self.tensors[number].scratch = first if place % 2 else 0
+            self.tensors[number].after = big[place - 2] if place >= 2 else -1
+        return first + second
 
-    def _fill_memory(self, record: _Tensor, b: Binding, geometry: Geometry) -> None:
-        """Pointers. A gradient that is not laid out like its parameter is copied; nothing else."""
-        record.param = b.param.data_ptr()
-        if b.grad is not None:
-            grad = b.grad
-            if _strides(grad) != _strides(b.param):
-                grad = torch.empty_strided(b.param.shape, b.param.stride(), dtype=grad.dtype).copy_(
-                    grad
-                )
-                self.kept.append(grad)
-            record.grad = grad.data_ptr()
-        spec, rule = b.planned.spec, b.rule
-        moment = rule.moment_dtype(spec.param_dtype)
-        line, cross = (b.col_var, b.row_var) if geometry.swapped else (b.row_var, b.col_var)
-        for name, tensor, dtype in (
-            ("line_var", line, moment),
-            ("cross_var", cross, moment),
-            ("var", b.var, moment),
-            ("var_max", b.var_max, moment),
-            ("exp_avg", b.exp_avg, rule.momentum_dtype(spec.param_dtype)),
-            ("compensation", b.compensation, spec.param_dtype),
-            ("average", b.average, spec.math_dtype),
-            ("accumulator", b.accumulator, spec.math_dtype),
-        ):
-            if tensor is not None:
-                _check_memory(spec, name, tensor, dtype)
-                setattr(record, name, tensor.data_ptr())
+    def _spread_scratch(self, sizes: Sequence[int]) -> int:
+        """A place in the scratch for each tensor: sums are kept until all have been taken."""
+        end = 0
+        for record, size in zip(self.tensors, sizes, strict=True):
+            record.scratch, record.after = end, -1
+            end += size
+        return end
 
-    def execute(self, items: Any) -> None:
+    def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
+        """Run phases, in order, of an update."""
+        key = tuple(phases)
+        if key not in self.items:
+            self.items[key] = _records_of(items_of(self.geometries, phases))
+        only_sums = Phase.APPLY not in phases
+        self._execute(self.items[key], exchange, only_sums or exchange.wants_param_rms)
+        if only_sums:
+            exchange.grad_sq = self.outcomes[:, 0].to(self.math_dtype, copy=True)
+        elif exchange.wants_param_rms:
+            exchange.param_rms = self.outcomes[:, 1].to(self.math_dtype, copy=True)
+
+    def run_activity(self, activity: Activity, exchange: Exchange) -> None:
+        """Run an activity that has no update."""
+        if activity is Activity.DROP:
+            for accumulator in self.accumulators:
+                accumulator.zero_()
+        kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
+        if kind not in self.items:
+            self.items[kind] = _records_of(
+                (kind, number, slab)
+                for number, geometry in enumerate(self.geometries)
+                for slab in range(geometry.slabs)
+            )
+        self._execute(self.items[kind], exchange, reports=False)
+
+    def _execute(self, items: ctypes.Array[_Item], exchange: Exchange, reports: bool) -> None:
         """Hand items to the library."""
-        for record, b in zip(self.tensors, self.bindings, strict=True):
-            record.skip = b.skip is not None and bool(b.skip)
-            record.grad_factor = 1.0 if b.grad_factor is None else float(b.grad_factor)
-        flat = [number for kind, tensor, slab in items for number in (kind, tensor, slab, 0)]
-        array = (ctypes.c_int32 * len(flat))(*flat)
+        self._send_numbers()
+        grads = self._laid_out(exchange.grads)
+        addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
+        factor, skip = exchange.grad_factor, exchange.skip
+        if factor is not None:
+            factor = factor.to(torch.float64).contiguous()
         library().fused_adafactor_run(
-            array,
-            len(flat) // 4,
+            items,
+            len(items),
             self.tensors,
             len(self.tensors),
+            addresses.buffer_info()[0],
+            None if factor is None else factor.data_ptr(),
+            None if skip is None else skip.data_ptr(),
             self.rules,
             self.scratch.data_ptr(),
             torch.get_num_threads(),
+            self.outcomes.data_ptr() if reports else None,
         )
-        for b in self.bindings:
-            # autograd must see that a value which it may have saved is gone.
-            torch.autograd.graph.increment_version(b.param)
+        # autograd must see that a value which it may have saved is gone.
+        torch.autograd.graph.increment_version(self.params)
 
-    def report(self, phases: Sequence[Phase]) -> None:
-        """Copy what the engine reads back into the bindings."""
-        for record, b in zip(self.tensors, self.bindings, strict=True):
-            dtype = b.planned.spec.math_dtype
-            if Phase.APPLY not in phases:
-                sums = self.scratch[record.scratch :][: 24 * record.slabs].view(torch.float64)
-                b.grad_sq = sums.view(-1, 3)[:, 0].sum().to(dtype)
-            else:
-                b.alpha = record.alpha
-                if b.rule.measures_param_rms:
-                    b.param_rms = torch.tensor(record.param_rms, dtype=dtype)
-                if record.measures:
-                    b.update_rms = torch.tensor(record.update_rms, dtype=dtype)
+    def _send_numbers(self) -> None:
+        """Fill in the rules' numbers of this step."""
+        scales = [float(cohort.grad_scale) for cohort, _ in self.cohorts]
+        for record, (cohort, eps1) in zip(self.rules, self.cohorts, strict=True):
+            _fill_rule(record, cohort, eps1)
+        if scales != self.grad_scales:
+            for tensor in self.tensors:
+                tensor.grad_scale = scales[tensor.rule]
+            self.grad_scales = scales
+
+    def _laid_out(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients, each in the memory layout of its parameter."""
+        if not grads or not self.odd:
+            return grads
+        grads = list(grads)
+        for number in self.odd:
+            grad, param = grads[number], self.params[number]
+            copy = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype)
+            grads[number] = copy.copy_(grad)
+        return grads
+
+
+def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> _Executor:
+    """Make an executor for tensors of one math dtype, none of them empty."""
+    return _Executor(bindings, segments)
+
+
+def _records_of(items: Iterable[tuple[ItemKind, int, int]]) -> ctypes.Array[_Item]:
+    records = [_Item(kind, tensor, slab, 0) for kind, tensor, slab in items]
+    return (_Item * len(records))(*records)
+
+
+def _laid_out_alike(spec: TensorSpec) -> bool:
+    """Whether a gradient has its parameter's strides, where they matter."""
+    triples = zip(spec.shape, spec.param_strides, spec.grad_strides, strict=True)
+    return all(size == 1 or stride == other for size, stride, other in triples)
+
+
+def _fill_memory(record: _Tensor, b: Binding, geometry: Geometry) -> None:
+    """Pointers to what a tensor owns."""
+    record.param = b.param.data_ptr()
+    spec, rule = b.planned.spec, b.rule
+    moment = rule.moment_dtype(spec.param_dtype)
+    line, cross = (b.col_var, b.row_var) if geometry.swapped else (b.row_var, b.col_var)
+    for name, tensor, dtype in (
+        ("line_var", line, moment),
+        ("cross_var", cross, moment),
+        ("var", b.var, moment),
+        ("var_max", b.var_max, moment),
+        ("exp_avg", b.exp_avg, rule.momentum_dtype(spec.param_dtype)),
+        ("compensation", b.compensation, spec.param_dtype),
+        ("average", b.average, spec.math_dtype),
+        ("accumulator", b.accumulator, spec.math_dtype),
+    ):
+        if tensor is not None:
+            _check_memory(spec, name, tensor, dtype)
+            setattr(record, name, tensor.data_ptr())
 
 
 def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -266,19 +315,6 @@ def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtyp
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides where they matter."""
     return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
-
-
-@functools.lru_cache(maxsize=4096)
-def _geometry_of(spec: TensorSpec) -> Geometry:
-    return geometry_of(spec)
-
-
-def _geometry(b: Binding) -> Geometry:
-    return _geometry_of(b.planned.spec)
-
-
-def _seed(b: Binding) -> int:
-    return 0 if b.rounding_key is None else b.rounding_key.seed
 
 
 def _scratch_bytes(geometry: Geometry, b: Binding) -> int:
@@ -314,15 +350,13 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.moment_dtype = _DTYPES[b.rule.moment_dtype(spec.param_dtype)]
     record.exp_avg_dtype = _DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
     record.param_index = spec.id.index
-    record.grad_scale = float(b.grad_scale)
     record.slabs, record.lines_per_slab = geometry.slabs, geometry.lines_per_slab
     record.measures = b.rule.clip_threshold is not None
     record.measures_param_rms = b.rule.measures_param_rms
 
 
-def _rule_record(b: Binding, eps1: float) -> _Rule:
-    rule, scalars = b.rule, b.scalars
-    record = _Rule()
+def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
+    rule, scalars = cohort.rule, cohort.scalars
     _fill_numbers(record, rule, scalars, eps1)
     clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay
     record.clip_value = -1.0
@@ -340,10 +374,9 @@ def _rule_record(b: Binding, eps1: float) -> _Rule:
         record.decay_coefficient = decay.coefficient
         record.decay_factor = _DECAYS[decay.factor]
         record.decay_before_rms = decay.before_rms
-    if b.rounding_key is not None:
-        record.seed = b.rounding_key.seed
-        record.step = int(b.rounding_key.step)
-    return record
+    if rule.rounding is Rounding.STOCHASTIC:
+        record.seed = cohort.seed
+        record.step = int(scalars.t)
 
 
 def _fill_numbers(record: _Rule, rule: Rule, scalars: Scalars, eps1: float) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Binding
-from fused_adafactor.plan import Activity, Launch, Phase
+from fused_adafactor.binding import Binding, Exchange
+from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
 from fused_adafactor.schedule import Number
@@ -36,31 +36,83 @@ class _Partials:
     col_var: Tensor | None = None  # [..., m]  new column second moment, not yet stored
 
 
-def run(phases: Sequence[Phase], bindings: Sequence[Binding]) -> None:
-    """Run phases, in order, on tensors whose activity is an update."""
-    for phase in phases:
-        for binding in bindings:
-            if binding.planned.launch is not Launch.EMPTY:
-                _PHASES[phase](binding)
+@dataclass(kw_only=True, eq=False)
+class _Work(Binding):
+    """A tensor in one step.
+
+    Attributes:
+        grad: Its gradient; None when only the average moves.
+        grad_factor: What clipping by a norm multiplies it by, 0-d; else None.
+        skip: 0-d bool, true if nothing may be written; None if that cannot be.
+        grad_sq: Set by ``stats``: Σ g² before any clipping, 0-d.
+        param_rms: Set by ``finalize``: RMS(p), 0-d, if the rule needs it.
+        alpha: Set by ``finalize``: the absolute step size alpha_t.
+        update_rms: Set by ``finalize`` or ``update_rms``: RMS(u) before clipping, 0-d, if the rule
+            clips.
+        partials: Partial sums.
+    """
+
+    grad: Tensor | None
+    grad_factor: Tensor | None = None
+    skip: Tensor | None = None
+    grad_sq: Tensor | None = None
+    param_rms: Tensor | None = None
+    alpha: Number = 0.0
+    update_rms: Tensor | None = None
+    partials: _Partials | None = None
 
 
-def run_activity(activity: Activity, bindings: Sequence[Binding]) -> None:
-    """Run an activity that has no update."""
-    for binding in bindings:
-        if binding.planned.launch is not Launch.EMPTY:
+class _Executor:
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self.bindings = bindings
+
+    def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
+        if Phase.STATS in phases:
+            exchange.scratch = self._work(exchange)
+        work: list[_Work] = exchange.scratch
+        _tell(work, exchange)
+        for phase in phases:
+            for b in work:
+                _PHASES[phase](b)
+        if Phase.APPLY not in phases:
+            exchange.grad_sq = torch.stack([b.grad_sq for b in work if b.grad_sq is not None])
+        elif exchange.wants_param_rms:
+            exchange.param_rms = torch.stack([b.param_rms for b in work if b.param_rms is not None])
+
+    def run_activity(self, activity: Activity, exchange: Exchange) -> None:
+        work = self._work(exchange)
+        _tell(work, exchange)
+        for b in work:
             if activity is Activity.ACCUMULATE:
-                accumulate(binding)
-            elif activity is Activity.DROP and binding.accumulator is not None:
-                binding.accumulator.zero_()
-            average(binding)
+                accumulate(b)
+            elif activity is Activity.DROP and b.accumulator is not None:
+                b.accumulator.zero_()
+            average(b)
+
+    def _work(self, exchange: Exchange) -> list[_Work]:
+        grads: Sequence[Tensor | None] = exchange.grads or [None] * len(self.bindings)
+        pairs = zip(self.bindings, grads, strict=True)
+        return [_Work(**vars(binding), grad=grad) for binding, grad in pairs]
 
 
-def stats(b: Binding) -> None:
+def _tell(work: Sequence[_Work], exchange: Exchange) -> None:
+    """Give every tensor its part of what the engine has found out."""
+    for number, b in enumerate(work):
+        b.skip = None if exchange.skip is None else exchange.skip[number]
+        b.grad_factor = None if exchange.grad_factor is None else exchange.grad_factor[number]
+
+
+def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> _Executor:
+    """Make an executor for tensors of one device and one math dtype, none of them empty."""
+    return _Executor(bindings)
+
+
+def stats(b: _Work) -> None:
     """Sums over the gradient and the parameter.
 
     With two sweeps also Σ_i num²/row_var_i: row_var_i is final as soon as row i has been read.
     """
-    partials = b.scratch = _Partials()
+    partials = b.partials = _Partials()
     grad = _read_grad(b)
     grad_sq = grad.square()
     clip = b.rule.grad_clip
@@ -82,7 +134,7 @@ def stats(b: Binding) -> None:
             partials.col_weighted = weighted.sum(dim=-2)
 
 
-def finalize(b: Binding) -> None:
+def finalize(b: _Work) -> None:
     """New row and column second moments, the step size, and Σu² where the first sweep gave it."""
     partials = _partials(b)
     if b.row_var is not None and b.col_var is not None:
@@ -99,14 +151,14 @@ def finalize(b: Binding) -> None:
     _set_update_rms(b)
 
 
-def update_rms(b: Binding) -> None:
+def update_rms(b: _Work) -> None:
     """Σu² by a sweep of its own."""
     if b.planned.sweeps == 3:
         _partials(b).update_sq = _update(b).square().sum()
         _set_update_rms(b)
 
 
-def apply(b: Binding) -> None:
+def apply(b: _Work) -> None:
     """Write the parameter, p ← decay p - delta, and every state entry."""
     delta = _update(b) / _clip_factor(b)
     exp_avg = _new_exp_avg_of_update(b, delta)
@@ -123,14 +175,14 @@ def apply(b: Binding) -> None:
     average(b)
 
 
-def accumulate(b: Binding) -> None:
+def accumulate(b: _Work) -> None:
     """Add g to the accumulator, between two updates."""
     assert b.grad is not None
     assert b.accumulator is not None
     _write(b, b.accumulator, b.accumulator + b.grad.to(b.accumulator.dtype) * b.grad_scale)
 
 
-def average(b: Binding) -> None:
+def average(b: _Work) -> None:
     """Move the EMA of the weights: avg ← momentum avg + (1 - momentum) p, p as it is stored.
 
     momentum is 0 at t = 1, as in Keras.
@@ -152,7 +204,7 @@ def average(b: Binding) -> None:
             _write(b, b.compensation, b.compensation * (1.0 - due * 1.0))
 
 
-_PHASES: dict[Phase, Callable[[Binding], None]] = {
+_PHASES: dict[Phase, Callable[[_Work], None]] = {
     Phase.STATS: stats,
     Phase.FINALIZE: finalize,
     Phase.UPDATE_RMS: update_rms,
@@ -160,11 +212,11 @@ _PHASES: dict[Phase, Callable[[Binding], None]] = {
 }
 
 
-def _read(b: Binding, tensor: Tensor) -> Tensor:
+def _read(b: _Work, tensor: Tensor) -> Tensor:
     return tensor.to(b.planned.spec.math_dtype)
 
 
-def _read_unclipped(b: Binding) -> Tensor:
+def _read_unclipped(b: _Work) -> Tensor:
     """The gradient in the math dtype, full: divided by the loss scale, then averaged."""
     assert b.grad is not None
     grad = _read(b, b.grad) * b.grad_scale
@@ -173,7 +225,7 @@ def _read_unclipped(b: Binding) -> Tensor:
     return grad
 
 
-def _read_grad(b: Binding) -> Tensor:
+def _read_grad(b: _Work) -> Tensor:
     """The gradient in the math dtype and the matrix view: unscaled, averaged, clipped.
 
     In Keras' order: divide by the loss scale, average over the accumulated steps, clip.
@@ -188,14 +240,14 @@ def _read_grad(b: Binding) -> Tensor:
     return grad if spec.view is None else spec.view.to_matrices(grad)
 
 
-def _numerator(b: Binding) -> Tensor:
+def _numerator(b: _Work) -> Tensor:
     """What is divided by the root of v: g, or its average where momentum is on the gradient."""
     if b.rule.momentum is None or b.rule.momentum.site is not MomentumSite.GRAD:
         return _read_grad(b)
     return _read(b, _new_exp_avg(b, _read_grad(b))) * b.scalars.numerator_scale
 
 
-def _new_exp_avg(b: Binding, value: Tensor) -> Tensor:
+def _new_exp_avg(b: _Work, value: Tensor) -> Tensor:
     """First moment after this step in its own dtype, [..., n, m] or full."""
     assert b.exp_avg is not None
     view = b.planned.spec.view
@@ -204,7 +256,7 @@ def _new_exp_avg(b: Binding, value: Tensor) -> Tensor:
     return (beta1 * _read(b, old) + (1 - beta1) * value).to(b.exp_avg.dtype)
 
 
-def _new_exp_avg_of_update(b: Binding, clipped: Tensor) -> Tensor:
+def _new_exp_avg_of_update(b: _Work, clipped: Tensor) -> Tensor:
     """The first moment after this step, wherever it is; the clipped update where there is none."""
     momentum = b.rule.momentum
     if momentum is None:
@@ -214,12 +266,12 @@ def _new_exp_avg_of_update(b: Binding, clipped: Tensor) -> Tensor:
     return _new_exp_avg(b, clipped if momentum.site is MomentumSite.UPDATE else b.alpha * clipped)
 
 
-def _eps1(b: Binding) -> float:
+def _eps1(b: _Work) -> float:
     spec = b.planned.spec
     return b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
 
 
-def _new_factor(b: Binding, old: Tensor, sums: Tensor | None, reduced: int) -> Tensor:
+def _new_factor(b: _Work, old: Tensor, sums: Tensor | None, reduced: int) -> Tensor:
     """Second moment of rows (reduced = -1) or columns (-2), rounded to its dtype and read back.
 
     var_t = beta2_t var + (1 - beta2_t) (mean of g² [+ eps1] over the reduced dimension, or sum).
@@ -236,12 +288,12 @@ def _new_factor(b: Binding, old: Tensor, sums: Tensor | None, reduced: int) -> T
     return _read(b, _new_moment(b, old, value))
 
 
-def _new_moment(b: Binding, old: Tensor, value: Tensor) -> Tensor:
+def _new_moment(b: _Work, old: Tensor, value: Tensor) -> Tensor:
     beta2 = b.scalars.beta2
     return (beta2 * _read(b, old) + (1 - beta2) * value).to(old.dtype)
 
 
-def _norm(b: Binding) -> Tensor:
+def _norm(b: _Work) -> Tensor:
     """The norm of v_ij = row_var_i col_var_j / norm, [..., 1, 1]: mean(row_var), or its sum."""
     row_var = _partials(b).row_var
     assert row_var is not None
@@ -251,7 +303,7 @@ def _norm(b: Binding) -> Tensor:
     return norm[..., None, None]
 
 
-def _new_var(b: Binding) -> Tensor:
+def _new_var(b: _Work) -> Tensor:
     """Unfactored second moment after this step, in its state dtype."""
     assert b.var is not None
     value = _read_grad(b).square()
@@ -260,7 +312,7 @@ def _new_var(b: Binding) -> Tensor:
     return _new_moment(b, b.var, value)
 
 
-def _inverse_root(b: Binding) -> Tensor:
+def _inverse_root(b: _Work) -> Tensor:
     """1 / sqrt(v), never above 1 / eps1 where eps1 clamps v from below by eps1².
 
     The factors are rooted before they meet: row_var_i col_var_j leaves float32's range long before
@@ -279,7 +331,7 @@ def _inverse_root(b: Binding) -> Tensor:
     return root
 
 
-def _new_var_max(b: Binding) -> Tensor:
+def _new_var_max(b: _Work) -> Tensor:
     """AMSGrad: the largest v so far, in its state dtype."""
     assert b.var_max is not None
     view = b.planned.spec.view
@@ -287,7 +339,7 @@ def _new_var_max(b: Binding) -> Tensor:
     return torch.maximum(_read(b, old), _inverse_root(b).square().reciprocal()).to(old.dtype)
 
 
-def _update(b: Binding) -> Tensor:
+def _update(b: _Work) -> Tensor:
     """U before clipping, [..., n, m] or full."""
     if not b.rule.amsgrad:
         return _numerator(b) * _inverse_root(b)
@@ -295,13 +347,13 @@ def _update(b: Binding) -> Tensor:
     return _numerator(b) / (root + _eps1(b))
 
 
-def _set_update_rms(b: Binding) -> None:
+def _set_update_rms(b: _Work) -> None:
     update_sq = _partials(b).update_sq
     if update_sq is not None:
         b.update_rms = (update_sq / b.planned.spec.numel).sqrt()
 
 
-def _clip_factor(b: Binding) -> Number:
+def _clip_factor(b: _Work) -> Number:
     """max(1, RMS(u) / d)."""
     if b.rule.clip_threshold is None:
         return 1.0
@@ -309,7 +361,7 @@ def _clip_factor(b: Binding) -> Number:
     return (b.update_rms / b.rule.clip_threshold).clamp(min=1.0)
 
 
-def _alpha(b: Binding) -> Number:
+def _alpha(b: _Work) -> Number:
     """alpha_t = max(eps2, RMS(p)) rho_t; sets RMS(p) too."""
     param_sq = _partials(b).param_sq
     if param_sq is not None:
@@ -323,7 +375,7 @@ def _alpha(b: Binding) -> Number:
     return scale.clamp(min=b.rule.eps2) * b.scalars.rho
 
 
-def _decay(b: Binding) -> Number:
+def _decay(b: _Work) -> Number:
     """What the parameter is multiplied by before the update is subtracted."""
     decay = b.rule.weight_decay
     if decay is None:
@@ -338,12 +390,12 @@ def _decay(b: Binding) -> Number:
     return 1.0 - decay.coefficient * factor
 
 
-def _write(b: Binding, target: Tensor, value: Tensor) -> None:
+def _write(b: _Work, target: Tensor, value: Tensor) -> None:
     """Store a value, unless the step of this tensor is skipped."""
     target.copy_(value if b.skip is None else torch.where(b.skip, target, value))
 
 
-def _write_moments(b: Binding, exp_avg: Tensor) -> None:
+def _write_moments(b: _Work, exp_avg: Tensor) -> None:
     partials = _partials(b)
     view = b.planned.spec.view
     # var_max is a function of the old second moments, so it goes first.
@@ -359,7 +411,7 @@ def _write_moments(b: Binding, exp_avg: Tensor) -> None:
             _write(b, target, factor)
 
 
-def _write_param(b: Binding, delta: Tensor) -> None:
+def _write_param(b: _Work, delta: Tensor) -> None:
     """P ← round(decay p - delta), delta in full shape."""
     spec = b.planned.spec
     value = _read(b, b.param)
@@ -376,6 +428,6 @@ def _write_param(b: Binding, delta: Tensor) -> None:
     _write(b, b.param, rounded)
 
 
-def _partials(b: Binding) -> _Partials:
-    assert isinstance(b.scratch, _Partials)
-    return b.scratch
+def _partials(b: _Work) -> _Partials:
+    assert b.partials is not None
+    return b.partials

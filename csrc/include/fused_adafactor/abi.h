@@ -59,7 +59,8 @@ struct Rule {
   int32_t pad;
 };
 
-// One tensor: its geometry in the order of its matrix view, its memory, and where its sums go.
+// One tensor: its geometry in the order of its matrix view, its memory, and where its sums go. Filled once and used for
+// many calls; what changes from call to call comes beside it, see fused_adafactor_run.
 //
 // Elements are numbered k = 0 .. numel-1, row-major over `sizes`, which are the dimensions of the view [..., n, m] (or
 // of the parameter, where the view is a reshape of it), merged where that changes nothing. Line number l, of `cols`
@@ -74,14 +75,14 @@ struct Tensor {
   int64_t matrix_rows, matrix_cols;  // of tiny matrices
   int32_t ndim, form;
   int32_t swapped;            // lines are the columns of the view: line_var is col_var, cross_var is row_var
-  int32_t skip;               // nothing may be written
+  int32_t skip;               // of the call: nothing may be written
   int32_t param_dtype, grad_dtype, moment_dtype, exp_avg_dtype;
   int32_t math_dtype;         // kFloat32 or kFloat64
   int32_t param_index;
   double grad_scale;          // the raw gradient is multiplied by it when it is read
-  double grad_factor;         // clipping by a norm, known after the statistics; 1 if there is none
+  double grad_factor;         // of the call: clipping by a norm, known after the statistics; 1 if there is none
   void* param;
-  const void* grad;
+  const void* grad;           // of the call
   void* line_var;             // [batch, rows]
   void* cross_var;            // [batch, cols]
   void* var;
@@ -95,9 +96,17 @@ struct Tensor {
   int64_t scratch;            // offset of its sums in the scratch, in bytes
   int64_t after;              // number of the tensor whose scratch it takes over once that is applied, or -1
   int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
-  // Results, written by the library.
+  // Written by the library.
   double grad_sq, param_rms, alpha, update_rms;
   double update_sq;           // what is known of Σ u² before the third sweep
+};
+
+// What a call found out about a tensor. The last three are known once its kFinalize and kMeasure have run.
+struct Outcome {
+  double grad_sq;     // Σ g² before any clipping
+  double param_rms;
+  double alpha;
+  double update_rms;  // before clipping
 };
 
 struct Item {
@@ -114,8 +123,13 @@ int32_t fused_adafactor_isa();
 // Choose an instruction set; returns the one then in use, the best of the machine for -1.
 int32_t fused_adafactor_set_isa(int32_t isa);
 // Run items in ticket order on `threads` threads of the process' OpenMP pool. Returns 0.
+//
+// One value for each tensor: `grads` and, where they are not null, `grad_factors` (else 1) and `skips` (else 0); and
+// `outcomes`, which are written unless that is null.
 int32_t fused_adafactor_run(const fused_adafactor::Item* items, int64_t count, fused_adafactor::Tensor* tensors,
-                            int64_t tensor_count, const fused_adafactor::Rule* rules, void* scratch, int32_t threads);
+                            int64_t tensor_count, const void* const* grads, const double* grad_factors,
+                            const uint8_t* skips, const fused_adafactor::Rule* rules, void* scratch, int32_t threads,
+                            fused_adafactor::Outcome* outcomes);
 #pragma GCC visibility pop
 }
 

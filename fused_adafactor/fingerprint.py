@@ -1,0 +1,86 @@
+"""Whether two steps concern the same memory, found out with a few loops in C.
+
+A prepared step holds what follows from the rules of the groups, from which tensors there are, and
+from where and how they lie. A user may change any of that between two steps: replace ``p.data``,
+``p.grad``, an entry of the state, a list of parameters or a value of a group. So all of it is
+looked at in every step, and compared with what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_, is_not
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fused_adafactor.rule import Rule
+
+_grad, _shape = attrgetter("grad"), attrgetter("shape")
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+
+
+class Fingerprint(NamedTuple):
+    """What a prepared step depends on.
+
+    Attributes:
+        objects: Compared by identity: tensors with equal values are not the same memory.
+        facts: Compared by value.
+    """
+
+    objects: list[object]
+    facts: tuple[object, ...]
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether nothing has changed."""
+        return (
+            len(self.objects) == len(other.objects)
+            and all(map(is_, self.objects, other.objects))
+            and self.facts == other.facts
+        )
+
+
+def fingerprint_of(
+    groups: Sequence[Mapping[str, Any]], rules: Sequence[Rule], state: Mapping[Tensor, Any]
+) -> tuple[Fingerprint, list[Tensor]] | None:
+    """The fingerprint of a step, and the gradients that there are.
+
+    Where gradients lie is not part of it: most steps have new ones. None if there is anything whose
+    memory cannot be told, such as a sparse gradient or a number in the state.
+    """
+    params = list(chain.from_iterable(map(_params, groups)))
+    grads = list(map(_grad, params))
+    given = list(map(is_not, grads, repeat(None)))
+    grads = list(compress(grads, given))
+    kept = list(chain.from_iterable(map(dict.values, state.values())))
+    shared = [group["step"] for group in groups if "step" in group]
+    try:
+        facts = (
+            # Names are what a rule may go by.
+            [(len(g["params"]), list(g.get("param_names", ()))) for g in groups],
+            rules,
+            [(g["seed"], g["capturable"], g["fused"]) for g in groups],
+            given,
+            list(map(_shape, params)),
+            list(map(Tensor.stride, params)),
+            list(map(_dtype, params)),
+            list(map(_device, params)),
+            list(map(Tensor.data_ptr, params)),
+            list(map(_shape, grads)),
+            list(map(Tensor.stride, grads)),  # a sparse one raises
+            list(map(_dtype, grads)),
+            list(map(_device, grads)),
+            list(map(type, params)),
+            list(map(type, grads)),
+            list(chain.from_iterable(state.values())),
+            list(map(Tensor.data_ptr, chain(kept, shared))),
+        )
+    except (RuntimeError, TypeError):
+        return None
+    return Fingerprint([*params, *state, *kept, *shared], facts), grads
+
+
+def _params(group: Mapping[str, Any]) -> list[Tensor]:
+    params: list[Tensor] = group["params"]
+    return params
