@@ -49,9 +49,9 @@ template <class M>
 void average_chunk(Tensor& t, const Rule& r, int64_t k, int64_t n, Chunk<M>& c) {
   const M* param = read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]);
   const M* old = read(t, t.state_strides, t.average, t.math_dtype, k, n, c.buffer[9]);
-  const M momentum = M(r.average_momentum);
+  const M momentum = M(r.average_momentum), rest = M(1.0 - r.average_momentum);
   M* value = c.buffer[10];
-  for (int64_t i = 0; i < n; ++i) value[i] = momentum * old[i] + (M(1) - momentum) * param[i];
+  for (int64_t i = 0; i < n; ++i) value[i] = momentum * old[i] + rest * param[i];
   write(t, t.state_strides, value, t.average, t.math_dtype, k, n);
   if (!r.overwrite_with_average) return;
   write(t, t.strides, value, t.param, t.param_dtype, k, n);

@@ -82,7 +82,7 @@ const M* read_grad(const Tensor& t, const Rule& r, int64_t k, int64_t n, M* buff
 template <class M>
 void new_exp_avg(const Tensor& t, const Rule& r, const M* value, M scale, int64_t k, int64_t n, M* out, M* spare) {
   const M* old = read(t, t.state_strides, t.exp_avg, t.exp_avg_dtype, k, n, spare);
-  const M beta1 = M(r.beta1), rest = M(1) - M(r.beta1);
+  const M beta1 = M(r.beta1), rest = M(1.0 - r.beta1);
   for (int64_t i = 0; i < n; ++i) out[i] = beta1 * old[i] + rest * (value[i] * scale);
   if (t.exp_avg_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) out[i] = stored(out[i], t.exp_avg_dtype);
@@ -116,8 +116,8 @@ void factored_roots(const Tensor& t, const Matrix<M>& matrix, int64_t line, int6
 template <class M>
 void unfactored_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M* root, M* var, M* spare) {
   const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
-  const M beta2 = M(r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
-  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2);
+  const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
+  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2, rest);
   if (t.moment_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
   }
