@@ -130,6 +130,20 @@ def missing() -> str | None:
     return None
 
 
+def facts() -> dict[str, str | int]:
+    """The library, the instruction set that it uses, and the threads that a step takes."""
+    return {
+        "library": _LIBRARY.name,
+        "isa": ISAS[library().fused_adafactor_isa()],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe() -> str:
+    """The library and the instruction set that it uses."""
+    return "{library}, {isa}".format(**facts())
+
+
 class _Executor:
     """Tensors in the library's records, which are filled once.
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_adafactor import backends
 from fused_adafactor.backends import cpp, reference
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests import stepping
 from tests.dialects import DIALECTS, KERAS, TORCH, VARIANTS, Dialect
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=str)
 EVERY_VARIANT = pytest.mark.parametrize(("dialect", "variant"), VARIANTS, ids=str)
@@ -433,6 +436,33 @@ def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
 
 
 # --- backend and plan ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [None, "the native library was not built"])
+def test_auto_takes_native_code_where_there_is_any_and_says_why(reason, monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(cpp.ISA_ENVIRONMENT, raising=False)
+    monkeypatch.setattr(cpp, "missing", lambda: reason)
+    monkeypatch.setattr(cpp, "describe", lambda: "libfused_adafactor.so, avx2")
+    told = build(TORCH).explain().splitlines()[-1]
+    if reason is None:
+        assert "tensors on cpp (auto on cpu: libfused_adafactor.so, avx2)" in told
+    else:
+        assert f"tensors on reference (auto on cpu: {reason}; " in told
+    elsewhere = backends.choose("auto", torch.device("cuda"))
+    assert elsewhere.backend == "reference"
+    assert (reason or "the C++ backend steps CPU tensors, these are on cuda") in elsewhere.why
+
+
+def test_an_instruction_set_that_was_asked_for_is_used_or_refused(monkeypatch):
+    """Never replaced by the reference in silence."""
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.setenv(cpp.ISA_ENVIRONMENT, "avx9")
+    monkeypatch.setattr(cpp, "missing", lambda: "there is no avx9")
+    optimizer = build(TORCH)
+    set_grads(optimizer, 0, torch.float32)
+    with stepping.assert_untouched(optimizer), pytest.raises(RuntimeError, match="is no avx9"):
+        optimizer.step()
 
 
 @EVERY_DIALECT
