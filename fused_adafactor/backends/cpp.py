@@ -150,9 +150,7 @@ class _Executor:
     What is new in a step goes beside them: the rules' numbers, and the addresses of the gradients.
     """
 
-    def __init__(
-        self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]
-    ) -> None:
+    def __init__(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> None:
         count = len(bindings)
         self.params = [b.param for b in bindings]
         self.geometries = [geometry_of(b.planned.spec) for b in bindings]
