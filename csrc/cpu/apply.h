@@ -76,7 +76,7 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
   const float most = most_root<float>(r), scale = scale_of_grad(t), decay = float(decay_of(t, r));
   const float step = float(t.alpha) * (1.0f / float(clip));
   by_dtypes(t, [&](auto* param, auto* grad) {
-    if (t.cols > kNarrow || t.ndim > 1) {
+    if (one_line_at_a_time(t)) {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
         const int64_t offset = offset_of(t, t.strides, line * t.cols);
         apply_line(param + offset, grad + offset, m.factor, m.line_factor(line), most, scale, decay, step, t.cols);

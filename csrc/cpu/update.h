@@ -106,7 +106,11 @@ void factored_roots(const Tensor& t, const Matrix<M>& matrix, int64_t line, int6
   const int64_t length = least(n, t.cols), lines = n / length;
   M of_line[kChunk];
   for (int64_t l = 0; l < lines; ++l) of_line[l] = matrix.line[line + l - matrix.first] / *matrix.norm;
-  inverse_roots(of_line, lines);
+  if (one_line_at_a_time(t)) {
+    for (int64_t l = 0; l < lines; ++l) of_line[l] = M(1) / std::sqrt(of_line[l]);  // as Matrix::line_factor
+  } else {
+    inverse_roots(of_line, lines);
+  }
   for (int64_t l = 0; l < lines; ++l) {
     for (int64_t j = 0; j < length; ++j) root[l * length + j] = of_line[l] * factor[j];
   }
