@@ -146,7 +146,6 @@ void add_narrow_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& 
   for (int64_t line = lines.begin; line < lines.end; line += together) {
     const int64_t lanes = least(together, lines.end - line), k = line * t.cols, n = lanes * t.cols;
     const int64_t stride = stride_of(lanes);
-    ask_for_more(t, k);
     const M* g = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &s.grad_sq);
     if (r.clip_value < 0) s.grad_sq += double(sum_of_squares(g, n));
     to_lanes(g, t.cols, lanes, t.numel - k, grad);
