@@ -71,11 +71,20 @@ void set_lines(const Tensor& t, const Rule& r, const LineSums<M>& s, int64_t lin
   for (int64_t l = 0; l < count; ++l) inverse[l] = inverse_of(sums[l]);
 }
 
+// Where a line begins, asking ahead in the one before it was of no use.
+template <int L, class T>
+void ask_for_heads(const T* const* lines) {
+  for (int l = 0; l < L; ++l) {
+    for (int64_t i = 0; i < kAheadOfBlock; i += 64) ask_for(lines[l], i);
+  }
+}
+
 template <int L, bool WithParam, class P, class G>
 void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t line, LineSums<float>& s,
                      float* of_line) {
   const G* g[L];
   const P* p[L];
+  const G* next[L];
   float inverse[L];
   for (int l = 0; l < L; ++l) {
     const int64_t offset = offset_of(t, t.strides, (line + l) * t.cols);
@@ -83,9 +92,12 @@ void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, in
     p[l] = param + offset;
   }
   const float scale = scale_of_grad(t);
+  if (WithParam) ask_for_heads<L>(p);
   square_lines<L>(g, scale, t.cols, of_line);
   for (int l = 0; l < L; ++l) s.grad_sq += double(of_line[l]);
   set_lines(t, r, s, line, L, of_line, inverse);
+  for (int l = 0; l < L; ++l) next[l] = g[l] + L * t.cols;
+  ask_for_heads<L>(next);
   s.param_sq += add_lines<L, WithParam>(g, p, inverse, scale, t.cols, s.across, s.weighted);
 }
 
