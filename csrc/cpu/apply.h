@@ -66,7 +66,7 @@ inline double decay_of(const Tensor& t, const Rule& r) {
   return 1.0 - r.decay_coefficient * (r.decay_factor == kDecayAlpha ? t.alpha : r.decay_factor == kDecayLr ? r.lr : 1.0);
 }
 
-// Whether apply_line does all that the rule asks for.
+// Whether apply_line or apply_vector does all that the rule asks for.
 inline bool applies_plainly(const Tensor& t, const Rule& r) {
   return reads_plainly(t, r) && r.momentum == kNoMomentum && !r.amsgrad && t.compensation == nullptr &&
          t.average == nullptr && (r.rounding == kNearest || t.param_dtype == kFloat32);
@@ -89,6 +89,15 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
       factored_roots(t, m, line, column, n, root);
       apply_line(param + offset, grad + offset, root, 1.0f, most, scale, decay, step, n);
     });
+  });
+}
+
+inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, double clip) {
+  const float decay = float(decay_of(t, r)), step = float(t.alpha) * (1.0f / float(clip));
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    const int64_t begin = elements.begin;
+    apply_vector(param + begin, grad + begin, static_cast<float*>(t.var) + begin, vector_rule(t, r), decay, step,
+                 elements.end - begin);
   });
 }
 
@@ -172,6 +181,8 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
     for_each_small(t, r, lines, ignored, buffers, false, [&](const Matrix<M>& m, double) {
       apply_matrix(t, r, m, Lines{m.first, m.first + t.rows}, clip, buffers);
     });
+  } else if (t.form == kUnfactored && applies_plainly(t, r)) {
+    apply_plain_vector(t, r, elements_of(t, lines), clip);
   } else {
     Chunk<M> c(buffers);
     for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {

@@ -10,13 +10,15 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// Whether the lines of gradient and parameter can be read where they are, with nothing to do but to scale g.
+// Whether gradient and parameter can be read where they are, with nothing to do but to scale g.
 inline bool reads_plainly(const Tensor& t, const Rule& r) {
   const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
                             (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
-  return (t.form == kFactored || t.form == kSmall) && t.math_dtype == kFloat32 && plain_dtypes &&
-         t.accumulator == nullptr && r.clip_value < 0 && r.momentum != kMomentumGrad &&
-         t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+  const bool plain_lines = t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+  const bool one_run = t.ndim == 1 && t.strides[0] == 1 && t.state_strides[0] == 1;
+  return t.math_dtype == kFloat32 && plain_dtypes && t.accumulator == nullptr && r.clip_value < 0 &&
+         r.momentum != kMomentumGrad && t.form != kTiny &&
+         (t.form == kUnfactored ? one_run && t.moment_dtype == kFloat32 && !r.amsgrad : plain_lines);
 }
 
 // Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that reads_plainly.
@@ -31,6 +33,25 @@ auto by_dtypes(const Tensor& t, F f) {
 }
 
 inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
+
+inline VectorRule vector_rule(const Tensor& t, const Rule& r) {
+  return {scale_of_grad(t), float(r.beta2), r.eps1_rule == kEps1Add ? float(r.eps1) : 0.0f, most_root<float>(r)};
+}
+
+// Elements of a slab of a tensor that is one run.
+inline Lines elements_of(const Tensor& t, Lines lines) {
+  return {lines.begin * t.cols, least(lines.end * t.cols, t.numel)};
+}
+
+// Of some elements of an unfactored tensor that reads_plainly.
+inline void sum_plain_vector(const Tensor& t, const Rule& r, Lines elements, double* sums) {
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    const int64_t begin = elements.begin, n = elements.end - begin;
+    const float* var = static_cast<const float*>(t.var) + begin;
+    t.measures_param_rms ? sum_vector<true>(param + begin, grad + begin, var, vector_rule(t, r), n, sums)
+                         : sum_vector<false>(param + begin, grad + begin, var, vector_rule(t, r), n, sums);
+  });
+}
 
 // New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
 template <class M>
@@ -391,6 +412,10 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
     sum[1] = s.param_sq;
     return;
   }
+  if (t.form == kUnfactored && reads_plainly(t, r)) {
+    sum_plain_vector(t, r, elements_of(t, lines), sum);
+    return;
+  }
   Chunk<M> c(buffers);
   for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
     const int64_t k = line * t.cols + column;
@@ -469,6 +494,12 @@ void update_rms_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, Thread
     if (t.form == kSmall) {
       LineSums<M> ignored{};
       for_each_small(t, r, lines, ignored, buffers, true, [&](const Matrix<M>&, double part) { sum += part; });
+      return;
+    }
+    if (t.form == kUnfactored && reads_plainly(t, r)) {
+      double sums[3] = {};
+      sum_plain_vector(t, r, elements_of(t, lines), sums);
+      sum = sums[2];
       return;
     }
     Chunk<M> c(buffers);
