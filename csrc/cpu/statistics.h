@@ -450,6 +450,24 @@ inline void set_alpha(Tensor& t, const Rule& r, double param_sq) {
   t.alpha = (scale < r.eps2 ? r.eps2 : scale) * r.rho;
 }
 
+// The sums across the lines of a matrix, from those of its slabs: some columns of them.
+template <class M>
+void merge_in(Tensor& t, int64_t part, void* scratch) {
+  Sums<M> s(t, scratch);
+  const int64_t parts = (t.cols + kMergeColumns - 1) / kMergeColumns, slabs = slabs_per_matrix(t);
+  const int64_t number = part / parts, begin = part % parts * kMergeColumns;
+  const int64_t n = least(kMergeColumns, t.cols - begin);
+  const Matrix<M> m = s.matrix(t, number);
+  M *across = m.cross + begin, *weighted = m.factor + begin;
+  zero(across, n);
+  zero(weighted, n);
+  for (int64_t i = 0; i < slabs; ++i) {
+    const M* partial = s.partial + 2 * (number * slabs + i) * t.cols + begin;
+    for (int64_t j = 0; j < n; ++j) across[j] += partial[j];
+    for (int64_t j = 0; j < n; ++j) weighted[j] += partial[t.cols + j];
+  }
+}
+
 template <class M>
 void finalize_in(Tensor& t, const Rule& r, void* scratch) {
   Sums<M> s(t, scratch);
@@ -462,18 +480,8 @@ void finalize_in(Tensor& t, const Rule& r, void* scratch) {
   t.grad_sq = sums[0];
   set_alpha(t, r, sums[1]);
   if (t.form == kFactored) {
-    const int64_t slabs = slabs_per_matrix(t);
     for (int64_t number = 0; number < t.batch; ++number) {
       Matrix<M> m = s.matrix(t, number);
-      if (slabs > 1) {
-        zero(m.cross, t.cols);
-        zero(m.factor, t.cols);
-      }
-      for (int64_t i = 0; i < slabs && slabs > 1; ++i) {
-        const M* partial = s.partial + 2 * (number * slabs + i) * t.cols;
-        for (int64_t j = 0; j < t.cols; ++j) m.cross[j] += partial[j];
-        for (int64_t j = 0; j < t.cols; ++j) m.factor[j] += partial[t.cols + j];
-      }
       sums[2] += finalize_matrix(t, r, m);
     }
   }

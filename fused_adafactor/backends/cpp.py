@@ -30,7 +30,7 @@ from fused_adafactor.rule import (
 from fused_adafactor.slabs import Form, Geometry, ItemKind, geometry_of, is_whole, items_of
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 ISAS = ("portable", "avx2", "avx512")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
