@@ -32,7 +32,7 @@ from fused_adafactor.plan import (
 )
 from fused_adafactor.rule import Rule, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.spec import TensorSpec
+from fused_adafactor.spec import TensorSpec, has_memory
 from fused_adafactor.state import StateLayout, canonical
 
 _PLANS_KEPT = 64
@@ -152,6 +152,29 @@ class Engine:
         if device not in self._facts:
             self._facts[device] = backends.choose(self.request, device)
         return self._facts[device]
+
+    def check(self, spec: TensorSpec, param: Tensor, grad: Tensor) -> None:
+        """Refuse what the backend of a tensor cannot step, before anything is changed.
+
+        Raises:
+            RuntimeError: A native backend was asked to read what is not in plain memory.
+        """
+        backend = self.facts(spec.device).backend
+        if backend == "reference" or spec.numel == 0:
+            return
+        for what, tensor in (("", param), ("the gradient of ", grad)):
+            if not has_memory(tensor):
+                raise RuntimeError(
+                    f"{what}{spec.id} is a {type(tensor).__name__} without memory of its own, "
+                    f"which the {backend} backend cannot read. Use backend='reference', or a plain "
+                    "tensor with values"
+                )
+        if param.is_neg():
+            raise RuntimeError(
+                f"{spec.id} is negated whenever it is read (the imaginary part of a conjugate), "
+                f"which the {backend} backend cannot write. Use backend='reference', or a "
+                ".resolve_neg() of it as the parameter"
+            )
 
     def plan(self, specs: Sequence[TensorSpec], joined: bool) -> list[Plan]:
         """One plan per backend, from the cache where the same tensors were planned before."""

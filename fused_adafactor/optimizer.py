@@ -249,9 +249,10 @@ class AdafactorBase(CheckpointedOptimizer):
             moves_without_grad = rule.weight_average is not None or rule.accumulation_steps > 1
             if param.grad is None and (not moves_without_grad or param not in self.state):
                 continue
-            spec = spec_of(id, param, param if param.grad is None else param.grad, rule)
+            grad = param if param.grad is None else param.grad
+            spec = spec_of(id, param, grad, rule)
             check_state(self.state.get(param, {}), spec, rule, self.layout)
-            self._engine.facts(spec.device)
+            self._engine.check(spec, param, grad)
             drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
         return drafts if any(draft.has_grad for draft in drafts) else []
 

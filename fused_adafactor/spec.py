@@ -6,6 +6,7 @@ and its gradient are checked, so that a step raises before it has touched anythi
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,21 @@ def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec
         view=rule.factoring.view_of(shape),
         structure=structure_of(rule),
     )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether there is memory behind a tensor that has elements.
+
+    There is none behind a FakeTensor, nor behind a subclass that only wraps other tensors.
+    """
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.data_ptr() != 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the question
+        try:
+            return tensor.data_ptr() != 0
+        except RuntimeError:
+            return False
 
 
 def _check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:

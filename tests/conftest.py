@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from fused_adafactor import backends
+
 SEED = 20180411
 
 # Examples are drawn from the test itself and not from a clock: what passed once passes again.
@@ -27,6 +29,16 @@ def seed() -> int:
     """Seeds torch before every test, and says with what."""
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with every backend as the default of the optimizers that it makes."""
+    reason = backends.availability()[request.param]
+    if reason is not None:
+        pytest.skip(f"needs the {request.param} backend: {reason}")
+    monkeypatch.setenv(backends.ENVIRONMENT, request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -49,9 +49,9 @@ template <class M>
 void average_chunk(Tensor& t, const Rule& r, int64_t k, int64_t n, Chunk<M>& c) {
   const M* param = read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]);
   const M* old = read(t, t.state_strides, t.average, t.math_dtype, k, n, c.buffer[9]);
-  const M momentum = M(r.average_momentum);
+  const M momentum = M(r.average_momentum), rest = M(1.0 - r.average_momentum);
   M* value = c.buffer[10];
-  for (int64_t i = 0; i < n; ++i) value[i] = momentum * old[i] + (M(1) - momentum) * param[i];
+  for (int64_t i = 0; i < n; ++i) value[i] = momentum * old[i] + rest * param[i];
   write(t, t.state_strides, value, t.average, t.math_dtype, k, n);
   if (!r.overwrite_with_average) return;
   write(t, t.strides, value, t.param, t.param_dtype, k, n);
@@ -76,7 +76,7 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
   const float most = most_root<float>(r), scale = scale_of_grad(t), decay = float(decay_of(t, r));
   const float step = float(t.alpha) * (1.0f / float(clip));
   by_dtypes(t, [&](auto* param, auto* grad) {
-    if (t.cols > kNarrow || t.ndim > 1) {
+    if (one_line_at_a_time(t)) {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
         const int64_t offset = offset_of(t, t.strides, line * t.cols);
         apply_line(param + offset, grad + offset, m.factor, m.line_factor(line), most, scale, decay, step, t.cols);

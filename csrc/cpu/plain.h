@@ -132,11 +132,11 @@ void apply_line(P* param, const G* grad, const float* factor, float of_line, flo
 
 // The numbers that the loops over an unfactored tensor need.
 struct VectorRule {
-  float scale, beta2, added, most;
+  float scale, beta2, rest, added, most;
 
   template <class V>
   V var(V old, V g) const {
-    return old * beta2 + (g * g + added) * (1.0f - beta2);
+    return old * beta2 + (g * g + added) * rest;
   }
 };
 

@@ -35,7 +35,8 @@ auto by_dtypes(const Tensor& t, F f) {
 inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
 
 inline VectorRule vector_rule(const Tensor& t, const Rule& r) {
-  return {scale_of_grad(t), float(r.beta2), r.eps1_rule == kEps1Add ? float(r.eps1) : 0.0f, most_root<float>(r)};
+  const float added = r.eps1_rule == kEps1Add ? float(r.eps1) : 0.0f;
+  return {scale_of_grad(t), float(r.beta2), float(1.0 - r.beta2), added, most_root<float>(r)};
 }
 
 // Elements of a slab of a tensor that is one run.
@@ -56,7 +57,7 @@ inline void sum_plain_vector(const Tensor& t, const Rule& r, Lines elements, dou
 // New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
 template <class M>
 void new_moments(const Tensor& t, const Rule& r, const void* var, int64_t first, int64_t count, int64_t reduced, M* sums) {
-  const M beta2 = M(r.beta2), rest = M(1) - M(r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
+  const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
   const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
   for (int64_t i = 0; i < count; i += kChunk) {
     M old[kChunk];

@@ -20,6 +20,9 @@ inline int64_t slabs_per_matrix(const Tensor& t) {
   return t.lines_per_slab >= t.rows ? 1 : (t.rows + t.lines_per_slab - 1) / t.lines_per_slab;
 }
 
+// Whether apply takes the lines of a matrix one by one where it can; else many short ones together.
+inline bool one_line_at_a_time(const Tensor& t) { return t.cols > kNarrow || t.ndim > 1; }
+
 // A slab is a range of lines of one matrix, or several whole matrices.
 inline Lines lines_of(const Tensor& t, int64_t slab) {
   const int64_t all = t.batch * t.rows;

@@ -180,7 +180,7 @@ void new_tiny(const Tensor& t, const Rule& r, void* var, int64_t matrix, int64_t
     convert_from(flat, var, t.moment_dtype, first, 1, n);
     to_lanes(flat, count, lanes, kLanesOfChunk, old);
   }
-  const M beta2 = M(r.beta2), rest = M(1) - M(r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
+  const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
   const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
   for (int64_t i = 0; i < all; ++i) sums[i] = beta2 * old[i] + rest * ((sums[i] + added) * by);
   if (t.moment_dtype != DtypeOf<M>::value) {

@@ -79,7 +79,7 @@ const M* read_grad(const Tensor& t, const Rule& r, int64_t k, int64_t n, M* buff
 template <class M>
 void new_exp_avg(const Tensor& t, const Rule& r, const M* value, M scale, int64_t k, int64_t n, M* out, M* spare) {
   const M* old = read(t, t.state_strides, t.exp_avg, t.exp_avg_dtype, k, n, spare);
-  const M beta1 = M(r.beta1), rest = M(1) - M(r.beta1);
+  const M beta1 = M(r.beta1), rest = M(1.0 - r.beta1);
   for (int64_t i = 0; i < n; ++i) out[i] = beta1 * old[i] + rest * (value[i] * scale);
   if (t.exp_avg_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) out[i] = stored(out[i], t.exp_avg_dtype);
@@ -103,7 +103,11 @@ void factored_roots(const Tensor& t, const Matrix<M>& matrix, int64_t line, int6
   const int64_t length = least(n, t.cols), lines = n / length;
   M of_line[kChunk];
   for (int64_t l = 0; l < lines; ++l) of_line[l] = matrix.line[line + l - matrix.first] / *matrix.norm;
-  inverse_roots(of_line, lines);
+  if (one_line_at_a_time(t)) {
+    for (int64_t l = 0; l < lines; ++l) of_line[l] = M(1) / std::sqrt(of_line[l]);  // as Matrix::line_factor
+  } else {
+    inverse_roots(of_line, lines);
+  }
   for (int64_t l = 0; l < lines; ++l) {
     for (int64_t j = 0; j < length; ++j) root[l * length + j] = of_line[l] * factor[j];
   }
@@ -113,8 +117,8 @@ void factored_roots(const Tensor& t, const Matrix<M>& matrix, int64_t line, int6
 template <class M>
 void unfactored_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M* root, M* var, M* spare) {
   const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
-  const M beta2 = M(r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
-  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2);
+  const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
+  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2, rest);
   if (t.moment_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
   }

@@ -57,8 +57,13 @@ class Backend(Protocol):
 class _Native(Protocol):
     """What a backend offers besides that has to be built."""
 
+    ISA_ENVIRONMENT: str
+
     def missing(self) -> str | None:
         """Why it cannot run, or None."""
+
+    def describe(self) -> str:
+        """What it is, where it can run."""
 
 
 def parse_request(backend: str) -> str:
@@ -80,7 +85,7 @@ def parse_request(backend: str) -> str:
 def availability() -> dict[str, str | None]:
     """For every backend None if it can run here, or the reason why it cannot."""
     reasons = {name: _MISSING.get(name) for name in NAMES}
-    reasons["cpp"] = cast(_Native, importlib.import_module(f"{__name__}.cpp")).missing()
+    reasons["cpp"] = _native().missing()
     return reasons
 
 
@@ -92,16 +97,14 @@ def choose(request: str, device: torch.device) -> Facts:
         device: Where the tensors are.
 
     Raises:
-        RuntimeError: The named backend cannot run.
+        RuntimeError: The named backend cannot run, or an instruction set was asked for by its
+            environment variable and cannot be had.
     """
-    if request == "auto":
-        # Until its speed is measured on every instruction set, C++ is for those who ask for it;
-        # others do not even load its library.
-        others = "; ".join(["the C++ backend is used when asked for by name", *_MISSING.values()])
-        return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")
     reasons = availability()
     if device.type != "cpu" and reasons["cpp"] is None:
         reasons["cpp"] = f"the C++ backend steps CPU tensors, these are on {device.type}"
+    if request == "auto":
+        return _choose_auto(device, reasons)
     missing = reasons[request]
     if missing is not None:
         raise RuntimeError(
@@ -109,6 +112,23 @@ def choose(request: str, device: torch.device) -> Facts:
             "`python -m fused_adafactor info`"
         )
     return Facts(request, two_sweep=request != "reference", why="asked for")
+
+
+def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
+    """The fastest backend that can run, else the reference with the reasons why it is not."""
+    if reasons["cpp"] is None:
+        return Facts("cpp", two_sweep=True, why=f"auto on {device.type}: {_native().describe()}")
+    if _native().ISA_ENVIRONMENT in os.environ and device.type == "cpu":
+        # Somebody has asked for it, by the instructions it is to use.
+        raise RuntimeError(
+            f"{_native().ISA_ENVIRONMENT} asks for the C++ backend, but {reasons['cpp']}"
+        )
+    others = "; ".join(reason for reason in reasons.values() if reason is not None)
+    return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")
+
+
+def _native() -> _Native:
+    return cast(_Native, importlib.import_module(f"{__name__}.cpp"))
 
 
 def load(name: str) -> Backend:

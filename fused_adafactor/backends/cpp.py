@@ -130,15 +130,27 @@ def missing() -> str | None:
     return None
 
 
+def facts() -> dict[str, str | int]:
+    """The library, the instruction set that it uses, and the threads that a step takes."""
+    return {
+        "library": _LIBRARY.name,
+        "isa": ISAS[library().fused_adafactor_isa()],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe() -> str:
+    """The library and the instruction set that it uses."""
+    return "{library}, {isa}".format(**facts())
+
+
 class _Executor:
     """Tensors in the library's records, which are filled once.
 
     What is new in a step goes beside them: the rules' numbers, and the addresses of the gradients.
     """
 
-    def __init__(
-        self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]
-    ) -> None:
+    def __init__(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> None:
         count = len(bindings)
         self.params = [b.param for b in bindings]
         self.geometries = [geometry_of(b.planned.spec) for b in bindings]
@@ -147,7 +159,11 @@ class _Executor:
         self.odd = [
             number for number, b in enumerate(bindings) if not _laid_out_alike(b.planned.spec)
         ]
-        self.accumulators = [b.accumulator for b in bindings if b.accumulator is not None]
+        self.accumulators = [
+            (number, b.accumulator)
+            for number, b in enumerate(bindings)
+            if b.accumulator is not None
+        ]
         self.items: dict[object, ctypes.Array[_Item]] = {}
         self.outcomes = torch.zeros(count, len(_Outcome._fields_), dtype=torch.float64)
         self.math_dtype = bindings[0].planned.spec.math_dtype
@@ -206,8 +222,7 @@ class _Executor:
     def run_activity(self, activity: Activity, exchange: Exchange) -> None:
         """Run an activity that has no update."""
         if activity is Activity.DROP:
-            for accumulator in self.accumulators:
-                accumulator.zero_()
+            self._drop_accumulated(exchange.skip)
         kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
         if kind not in self.items:
             self.items[kind] = _records_of(
@@ -217,11 +232,18 @@ class _Executor:
             )
         self._execute(self.items[kind], exchange, reports=False)
 
+    def _drop_accumulated(self, skip: Tensor | None) -> None:
+        for number, accumulator in self.accumulators:
+            if skip is None or not skip[number]:
+                accumulator.zero_()
+
     def _execute(self, items: ctypes.Array[_Item], exchange: Exchange, reports: bool) -> None:
         """Hand items to the library."""
         self._send_numbers()
         grads = self._laid_out(exchange.grads)
         addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
+        if grads and 0 in addresses:
+            raise RuntimeError("a gradient has no memory: its storage was freed")
         factor, skip = exchange.grad_factor, exchange.skip
         if factor is not None:
             factor = factor.to(torch.float64).contiguous()
@@ -252,11 +274,16 @@ class _Executor:
             self.grad_scales = scales
 
     def _laid_out(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients, each in the memory layout of its parameter."""
-        if not grads or not self.odd:
+        """The gradients, each in the memory layout of its parameter, and as it is meant."""
+        # What autograd gets from the imaginary part of a conjugate is negated when it is read.
+        negated = any(map(Tensor.is_neg, grads))
+        if not grads or not (self.odd or negated):
             return grads
         grads = list(grads)
-        for number in self.odd:
+        odd = self.odd
+        if negated:
+            odd = sorted({*odd, *(number for number, grad in enumerate(grads) if grad.is_neg())})
+        for number in odd:
             grad, param = grads[number], self.params[number]
             copy = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype)
             grads[number] = copy.copy_(grad)

@@ -86,7 +86,7 @@ class _Executor:
             if activity is Activity.ACCUMULATE:
                 accumulate(b)
             elif activity is Activity.DROP and b.accumulator is not None:
-                b.accumulator.zero_()
+                _write(b, b.accumulator, torch.zeros_like(b.accumulator))
             average(b)
 
     def _work(self, exchange: Exchange) -> list[_Work]:

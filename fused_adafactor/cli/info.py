@@ -59,6 +59,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from fused_adafactor import __version__, backends
+    from fused_adafactor.backends import cpp as native
 
     return {
         "versions": {
@@ -77,6 +78,7 @@ def collect() -> dict[str, Any]:
             name: {"available": reason is None, "reason": reason}
             for name, reason in backends.availability().items()
         },
+        "native": native.facts() if native.missing() is None else None,
         "self_checks": [asdict(self_check(device)) for device in _devices()],
     }
 
@@ -88,6 +90,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append("")
     for name, backend in report["backends"].items():
         lines.append(f"backend {name:<10} {backend['reason'] or 'available'}")
+        if name == "cpp" and report["native"] is not None:
+            lines[-1] += ": {library}, {isa}, {threads} threads".format(**report["native"])
     lines.append("")
     for check in report["self_checks"]:
         verdict = "ok" if check["passed"] else "FAILED"

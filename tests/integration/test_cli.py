@@ -11,6 +11,7 @@ import torch
 
 from fused_adafactor import __version__
 from fused_adafactor.__main__ import main
+from fused_adafactor.backends import cpp
 from fused_adafactor.cli import info
 
 
@@ -22,6 +23,9 @@ def test_info_names_versions_backends_and_the_self_check(
     assert torch.__version__ in text
     assert "backend reference  available" in text
     assert "self check on cpu" in text
+    if cpp.missing() is None:
+        threads = torch.get_num_threads()
+        assert f": libfused_adafactor.so, {cpp.facts()['isa']}, {threads} threads" in text
     assert "ok" in text
 
 
@@ -30,6 +34,7 @@ def test_info_json_is_one_record(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["fused_adafactor"] == __version__
     assert report["backends"]["reference"] == {"available": True, "reason": None}
+    assert report["native"] == (cpp.facts() if cpp.missing() is None else None)
     for backend in report["backends"].values():
         assert backend["available"] == (backend["reason"] is None)
     (check,) = (c for c in report["self_checks"] if c["device"] == "cpu")

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_adafactor.backends import reference
+from fused_adafactor import backends
+from fused_adafactor.backends import cpp, reference
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests import stepping
 from tests.dialects import DIALECTS, KERAS, TORCH, VARIANTS, Dialect
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=str)
 EVERY_VARIANT = pytest.mark.parametrize(("dialect", "variant"), VARIANTS, ids=str)
@@ -213,6 +216,21 @@ def test_skip_drops_one_call_of_an_accumulation(poison, call):
     stepping.assert_same_optimizers(optimizer, other)
 
 
+def test_skip_keeps_what_was_gathered_for_a_tensor_that_has_no_gradient():
+    """The call that would have dropped it (Keras') is skipped, so it is not dropped."""
+    settings = {"gradient_accumulation_steps": 2, "nonfinite": "skip"}
+    optimizer, other = (build(KERAS, **settings) for _ in range(2))
+    for each in (optimizer, other):
+        stepping.take_steps(each, 3)
+    params = stepping.params_of(optimizer)
+    assert optimizer.state[params[1]][optimizer.layout.accumulator].any()
+    set_grads(optimizer, 9, torch.float32)
+    params[0].grad[3, 2] = math.nan
+    params[1].grad = None
+    optimizer.step()
+    stepping.assert_same_optimizers(optimizer, other)
+
+
 def test_found_inf_drops_one_call_of_an_accumulation():
     optimizer, other = (build(KERAS, gradient_accumulation_steps=2, fused=True) for _ in range(2))
     for each in (optimizer, other):
@@ -236,10 +254,13 @@ def test_groups_of_one_counter_must_agree_on_what_it_counts(key):
         optimizer.step()
 
 
-def test_a_backend_that_raises_has_counted_nothing(monkeypatch):
-    optimizer = build(TORCH)
+@pytest.mark.parametrize("backend", [reference, cpp], ids=["reference", "cpp"])
+def test_a_backend_that_raises_has_counted_nothing(backend, monkeypatch):
+    if backend is cpp and cpp.missing() is not None:
+        pytest.skip(f"needs the native library: {cpp.missing()}")
+    optimizer = build(TORCH, backend=backend.__name__.rpartition(".")[2])
     stepping.take_steps(optimizer, 1)
-    monkeypatch.setattr(reference, "round_nearest", lambda *_: 1 / 0)
+    monkeypatch.setattr(backend._Executor, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stepping.take_steps(optimizer, 1)
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
@@ -390,8 +411,14 @@ def test_capturable_takes_its_lr_from_the_tensor_each_step(dialect):
 
 @EVERY_DIALECT
 def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
-    """From the second on; the first looks for the step that only creates state."""
-    optimizer = build(dialect, capturable=True, nonfinite="skip", max_grad_norm=1.0)
+    """From the second on; the first looks for the step that only creates state.
+
+    Of a backend that serves devices, for which CPU tensors stand here: the C++ backend reads the
+    numbers of a step, where that waits for nothing.
+    """
+    optimizer = build(
+        dialect, capturable=True, nonfinite="skip", max_grad_norm=1.0, backend="reference"
+    )
     optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
     stepping.take_steps(optimizer, 1)
     # Counter and lr are checked where that waits for nothing; here they stand for device tensors.
@@ -409,6 +436,33 @@ def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
 
 
 # --- backend and plan ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [None, "the native library was not built"])
+def test_auto_takes_native_code_where_there_is_any_and_says_why(reason, monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(cpp.ISA_ENVIRONMENT, raising=False)
+    monkeypatch.setattr(cpp, "missing", lambda: reason)
+    monkeypatch.setattr(cpp, "describe", lambda: "libfused_adafactor.so, avx2")
+    told = build(TORCH).explain().splitlines()[-1]
+    if reason is None:
+        assert "tensors on cpp (auto on cpu: libfused_adafactor.so, avx2)" in told
+    else:
+        assert f"tensors on reference (auto on cpu: {reason}; " in told
+    elsewhere = backends.choose("auto", torch.device("cuda"))
+    assert elsewhere.backend == "reference"
+    assert (reason or "the C++ backend steps CPU tensors, these are on cuda") in elsewhere.why
+
+
+def test_an_instruction_set_that_was_asked_for_is_used_or_refused(monkeypatch):
+    """Never replaced by the reference in silence."""
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.setenv(cpp.ISA_ENVIRONMENT, "avx9")
+    monkeypatch.setattr(cpp, "missing", lambda: "there is no avx9")
+    optimizer = build(TORCH)
+    set_grads(optimizer, 0, torch.float32)
+    with stepping.assert_untouched(optimizer), pytest.raises(RuntimeError, match="is no avx9"):
+        optimizer.step()
 
 
 @EVERY_DIALECT
