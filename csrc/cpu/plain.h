@@ -112,21 +112,21 @@ double measure_line(const G* grad, const float* factor, float of_line, float mos
   return total;
 }
 
-// p = decay p - step u, u = g / sqrt(v).
-template <class P, class G>
-void apply_line(P* param, const G* grad, const float* factor, float of_line, float most, float scale, float decay,
-                float step, int64_t n) {
+// to = decay p - step u, u = g / sqrt(v); `to` may be where p is.
+template <class T, class P, class G>
+void apply_line(T* to, const P* param, const G* grad, const float* factor, float of_line, float most, float scale,
+                float decay, float step, int64_t n) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     ask_for(grad + j, kAheadOfLine);
     ask_for(param + j, kAheadOfLine);
     const Floats u = (load(grad + j) * scale) * least(load(factor + j) * of_line, most);
-    store(param + j, load(param + j) * decay - u * step);
+    store(to + j, load(param + j) * decay - u * step);
   }
   for (; j < n; ++j) {
     const float root = factor[j] * of_line;
     const float u = (load_element(grad + j) * scale) * (root > most ? most : root);
-    store_element(param + j, load_element(param + j) * decay - u * step);
+    store_element(to + j, load_element(param + j) * decay - u * step);
   }
 }
 
@@ -173,9 +173,10 @@ void sum_vector(const P* param, const G* grad, const float* var, const VectorRul
   }
 }
 
-// p = decay p - step u, and the new second moments.
-template <class P, class G>
-void apply_vector(P* param, const G* grad, float* var, const VectorRule& r, float decay, float step, int64_t n) {
+// to = decay p - step u, and the new second moments.
+template <class T, class P, class G>
+void apply_vector(T* to, const P* param, const G* grad, float* var, const VectorRule& r, float decay, float step,
+                  int64_t n) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     ask_for(grad + j, kAheadOfLine);
@@ -183,12 +184,12 @@ void apply_vector(P* param, const G* grad, float* var, const VectorRule& r, floa
     ask_for(var + j, kAheadOfLine);
     const Floats g = load(grad + j) * r.scale, v = r.var(load(var + j), g);
     store(var + j, v);
-    store(param + j, load(param + j) * decay - (g * least(inverse_root(v), r.most)) * step);
+    store(to + j, load(param + j) * decay - (g * least(inverse_root(v), r.most)) * step);
   }
   for (; j < n; ++j) {
     const float g = load_element(grad + j) * r.scale, v = r.var(var[j], g), root = 1.0f / std::sqrt(v);
     var[j] = v;
-    store_element(param + j, load_element(param + j) * decay - (g * (root > r.most ? r.most : root)) * step);
+    store_element(to + j, load_element(param + j) * decay - (g * (root > r.most ? r.most : root)) * step);
   }
 }
 
