@@ -15,6 +15,7 @@ namespace portable { extern const Kernels kernels; }
 #if defined(FA_X86)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 #endif
 
 namespace {
@@ -24,6 +25,7 @@ const Kernels* const kBuilds[] = {
 #if defined(FA_X86)
     &avx2::kernels,
     &avx512::kernels,
+    &avx512bf16::kernels,
 #endif
 };
 
@@ -32,7 +34,7 @@ int32_t best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif

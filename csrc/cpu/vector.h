@@ -77,6 +77,14 @@ inline Floats load(const uint16_t* bfloat16) {
 
 // to_bfloat16, on a vector.
 inline void store(uint16_t* to, Floats value) {
+#if defined(__AVX512BF16__)
+  // Flushes what is below the normal numbers, so those go the long way.
+  if (_mm512_fpclass_ps_mask(__m512(value), 0x20) == 0) {
+    const __m256bh halves = _mm512_cvtneps_pbh(__m512(value));
+    memcpy(to, &halves, sizeof halves);
+    return;
+  }
+#endif
   const Words bits = Words(value);
   const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Words nan = Words((bits & 0x7FFFFFFFu) > 0x7F800000u);

@@ -32,7 +32,7 @@ from fused_adafactor.spec import TensorSpec
 
 ABI_VERSION = 3
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
