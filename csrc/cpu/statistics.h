@@ -255,7 +255,7 @@ struct Range {
  private:
   void add(M value) {
     if (value > M(0) && value < smallest) smallest = value;
-    if (value > largest && value < M(INFINITY)) largest = value;
+    if (value > largest) largest = value;
   }
 };
 
@@ -265,6 +265,7 @@ Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
   if (r.eps1_rule != kEps1Clamp) return Clamp::kNowhere;
   const Range<M> line(m.line, t.rows), cross(m.cross, t.cols);
   const M most = most_root<M>(r), norm = *m.norm;
+  if (!is_finite(norm)) return Clamp::kEveryLine;  // no bounds hold, and NaN must reach RMS(u)
   const M smallest_line = M(1) / std::sqrt(line.largest / norm), largest_line = M(1) / std::sqrt(line.smallest / norm);
   const M smallest_factor = M(1) / std::sqrt(cross.largest), largest_factor = M(1) / std::sqrt(cross.smallest);
   *m.largest = largest_factor;
@@ -523,7 +524,7 @@ void measure_in(Tensor& t, const Rule&, void* scratch) {
   Sums<M> s(t, scratch);
   double sum = t.update_sq;
   for (int64_t i = 0; i < t.slabs; ++i) sum += s.slab[3 * i + 2];
-  t.update_rms = std::sqrt((sum > 0 ? sum : 0.0) / double(t.numel));
+  t.update_rms = std::sqrt((sum < 0 ? 0.0 : sum) / double(t.numel));  // so written that NaN stays
 }
 
 }  // namespace

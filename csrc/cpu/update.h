@@ -173,7 +173,7 @@ Update<M> update_of(const Tensor& t, const Rule& r, const Matrix<M>* matrix, int
     const M scale = M(r.amsgrad_scale), eps1 = M(r.eps1);
     for (int64_t i = 0; i < n; ++i) {
       const M v = M(1) / (root[i] * root[i]);
-      u.var_max[i] = old[i] > v ? old[i] : v;
+      u.var_max[i] = v > old[i] || v != v ? v : old[i];  // NaN of either stays
     }
     if (t.moment_dtype != DtypeOf<M>::value) {
       for (int64_t i = 0; i < n; ++i) u.var_max[i] = stored(u.var_max[i], t.moment_dtype);
