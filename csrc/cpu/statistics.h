@@ -3,6 +3,8 @@
 #ifndef FUSED_ADAFACTOR_CPU_STATISTICS_H
 #define FUSED_ADAFACTOR_CPU_STATISTICS_H
 
+#include <float.h>
+
 #include "plain.h"
 #include "update.h"
 
@@ -260,15 +262,21 @@ struct Range {
 };
 
 // How far the clamp reaches, from the smallest and the largest second moments. A line of zeros is never clamped.
+// Every line is measured, as if it were clamped, where the identity cannot be trusted.
 template <class M>
 Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
-  if (r.eps1_rule != kEps1Clamp) return Clamp::kNowhere;
   const Range<M> line(m.line, t.rows), cross(m.cross, t.cols);
   const M most = most_root<M>(r), norm = *m.norm;
   if (!is_finite(norm)) return Clamp::kEveryLine;  // no bounds hold, and NaN must reach RMS(u)
   const M smallest_line = M(1) / std::sqrt(line.largest / norm), largest_line = M(1) / std::sqrt(line.smallest / norm);
   const M smallest_factor = M(1) / std::sqrt(cross.largest), largest_factor = M(1) / std::sqrt(cross.smallest);
   *m.largest = largest_factor;
+  if (r.eps1_rule != kEps1Clamp) {
+    // Where a root is so large, g² can be lost below all range while u² is above 1e-4 of what is usual.
+    const M lossless = std::sqrt(M(1e-4) / M(sizeof(M) == sizeof(float) ? FLT_MIN : DBL_MIN));
+    return largest_line * largest_factor > lossless ? Clamp::kEveryLine : Clamp::kNowhere;
+  }
+  if (!is_finite(largest_line)) return Clamp::kEveryLine;  // what the identity has counted for it cannot be told
   if (largest_line * largest_factor <= most) return Clamp::kNowhere;
   if (smallest_line * smallest_factor >= most) return Clamp::kEverywhere;
   return smallest_line * largest_factor > most ? Clamp::kEveryLine : Clamp::kSomeLines;
@@ -304,6 +312,13 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
   } else if (*m.clamp == Clamp::kEverywhere && r.momentum == kMomentumGrad) {
     *m.clamp = Clamp::kEveryLine;  // Σ num² is not known
   }
+  const double known = share * double(norm);
+  if (*m.clamp == Clamp::kNowhere && !is_finite(known)) *m.clamp = Clamp::kEveryLine;
+  if (*m.clamp == Clamp::kSomeLines) {
+    // What has been counted without the clamp is taken off again. Its rounding stays: it must be small beside d².
+    const double d = r.clip_threshold, trusted = 16.0 * double(t.rows) * double(t.cols) * d * d;
+    if (!(known <= trusted)) *m.clamp = Clamp::kEveryLine;
+  }
   const double most = double(most_root<M>(r));
   switch (*m.clamp) {
     case Clamp::kEveryLine:
@@ -311,7 +326,7 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
     case Clamp::kEverywhere:
       return grad_sq * most * most;
     default:
-      return share * double(norm);
+      return known;
   }
 }
 

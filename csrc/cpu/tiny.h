@@ -254,19 +254,18 @@ template <class M>
 double tiny_update_sq(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M most_root) {
   const int64_t rows = t.matrix_rows, cols = t.matrix_cols;
   const Tiny<M> tiny(t, r, grad, k, n, false);
-  const M most = most_root * most_root;
   Vector<M> total{};
   for (int64_t l = 0; l < tiny.stride; l += lanes_of<M>) {
-    const Vector<M> norm = load(tiny.norm + l);
+    const Vector<M> by_norm = inverse(load(tiny.norm + l));
     Vector<M> of_col[kMaxTiny];
-    for (int64_t j = 0; j < cols; ++j) of_col[j] = inverse(load(tiny.col + j * tiny.stride + l));
+    for (int64_t j = 0; j < cols; ++j) of_col[j] = inverse_root(load(tiny.col + j * tiny.stride + l));
     for (int64_t i = 0; i < rows; ++i) {
-      const Vector<M> of_row = norm * inverse(load(tiny.row + i * tiny.stride + l));
+      const Vector<M> of_row = inverse_root(load(tiny.row + i * tiny.stride + l) * by_norm);
       for (int64_t j = 0; j < cols; ++j) {
-        const Vector<M> g = load(tiny.element + (i * cols + j) * tiny.stride + l);
-        // In this order: g² is at most its row's sum, but the product of the factors may be beyond all range.
-        const Vector<M> square = g * g, free = (square * of_row) * of_col[j], clamped = square * most;
-        total += square == M(0) ? square : free > clamped ? clamped : free;
+        // Roots before they meet: their squares leave all range long before u does.
+        const Vector<M> g = load(tiny.element + (i * cols + j) * tiny.stride + l), root = of_row * of_col[j];
+        const Vector<M> u = g * (root > most_root ? Vector<M>{} + most_root : root);
+        total += g == M(0) ? Vector<M>{} : u * u;  // lanes beyond the last have no root
       }
     }
   }

@@ -134,9 +134,7 @@ def test_amsgrad_maxima_keep_poison() -> None:
 def test_skip_writes_nothing(rule: str, poison: float) -> None:
     for shape in [*SHAPES, (700, 300)]:
         dialect, options = RULES[rule]
-        optimizer = dialect(
-            params_in([shape], BF16), backend="cpp", nonfinite="skip", **options
-        )
+        optimizer = dialect(params_in([shape], BF16), backend="cpp", nonfinite="skip", **options)
         (param,) = stepping.params_of(optimizer)
         (param.grad,) = draw([shape], 0, BF16)
         optimizer.step()
