@@ -34,7 +34,12 @@ def builds() -> dict[str, list[str]]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"portable": []}
     fma = ["-mfma", "-mf16c"]
-    return {"portable": [], "avx2": ["-mavx2", *fma], "avx512": [*AVX512, *fma]}
+    return {
+        "portable": [],
+        "avx2": ["-mavx2", *fma],
+        "avx512": [*AVX512, *fma],
+        "avx512bf16": [*AVX512, "-mavx512bf16", *fma],
+    }
 
 
 class BuildNative(build_ext):

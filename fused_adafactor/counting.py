@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from itertools import repeat
+from operator import add, attrgetter
 from typing import Any
 
 import torch
@@ -104,8 +106,8 @@ class Cells:
         elif self._boxes is None:
             torch._foreach_add_(self.tensors, 1)
         else:
-            for box in self._boxes:
-                box.value += 1.0
+            ahead = map(add, self.read(), repeat(1.0))
+            deque(map(setattr, self._boxes, repeat("value"), ahead), maxlen=0)
             torch.autograd.graph.increment_version(self.tensors)
 
 

@@ -157,11 +157,18 @@ class Engine:
         """Refuse what the backend of a tensor cannot step, before anything is changed.
 
         Raises:
-            RuntimeError: A native backend was asked to read what is not in plain memory.
+            RuntimeError: A native backend was asked to read what is not in plain memory, or laid
+                out in too many dimensions.
         """
         backend = self.facts(spec.device).backend
         if backend == "reference" or spec.numel == 0:
             return
+        reason = backends.load(backend).obstacle(spec)
+        if reason is not None:
+            raise RuntimeError(
+                f"{spec.id} {reason}; the {backend} backend cannot step it. Use "
+                "backend='reference', or a .contiguous() parameter"
+            )
         for what, tensor in (("", param), ("the gradient of ", grad)):
             if not has_memory(tensor):
                 raise RuntimeError(

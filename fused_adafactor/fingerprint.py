@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fused_adafactor.rule import Rule
 
-_grad, _shape = attrgetter("grad"), attrgetter("shape")
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 
 class Fingerprint(NamedTuple):
@@ -62,16 +61,15 @@ def fingerprint_of(
             rules,
             [(g["seed"], g["capturable"], g["fused"]) for g in groups],
             given,
-            list(map(_shape, params)),
+            # Where a parameter is tells on which device, and torch holds a gradient to both.
+            list(map(Tensor.data_ptr, params)),
+            list(map(Tensor.size, params)),
             list(map(Tensor.stride, params)),
             list(map(_dtype, params)),
-            list(map(_device, params)),
-            list(map(Tensor.data_ptr, params)),
-            list(map(_shape, grads)),
+            list(map(type, params)),
+            list(map(Tensor.numel, grads)),
             list(map(Tensor.stride, grads)),  # a sparse one raises
             list(map(_dtype, grads)),
-            list(map(_device, grads)),
-            list(map(type, params)),
             list(map(type, grads)),
             list(chain.from_iterable(state.values())),
             list(map(Tensor.data_ptr, chain(kept, shared))),

@@ -23,6 +23,8 @@ FREE_LINE = 16_384
 # A tensor up to this size is one item, and a matrix in a stack need not keep its sums between the
 # sweeps: gradient and parameter stay in a core's cache.
 CACHED_ELEMENTS = 131_072
+# Columns whose sums are added up over the slabs at a time; ``kMergeColumns`` of ``abi.h``.
+MERGE_COLUMNS = 2048
 # A matrix up to this size is tiny; ``kMaxTiny`` in the kernels.
 TINY_ELEMENTS = 64
 
@@ -38,6 +40,7 @@ class ItemKind(IntEnum):
     APPLY = 5
     ACCUMULATE = 6
     AVERAGE = 7
+    MERGE = 8
 
 
 class Form(IntEnum):
@@ -83,6 +86,13 @@ class Geometry:
     swapped: bool
     lines_per_slab: int
     slabs: int
+
+    @property
+    def merges(self) -> int:
+        """Parts in which the sums of the slabs are added up, where a matrix has several slabs."""
+        if self.form is not Form.FACTORED or self.lines_per_slab >= self.rows:
+            return 0
+        return self.batch * -(-self.cols // MERGE_COLUMNS)
 
 
 def geometry_of(spec: TensorSpec) -> Geometry:
@@ -208,6 +218,8 @@ def _second_sweeps(
 ) -> Iterator[tuple[ItemKind, int, int]]:
     for number in tensors:
         slabs = range(geometries[number].slabs)
+        merges = range(geometries[number].merges)
+        yield from ((ItemKind.MERGE, number, part) for part in merges)
         yield ItemKind.FINALIZE, number, 0
         yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs)
         yield ItemKind.MEASURE, number, 0

@@ -3,25 +3,16 @@
 #ifndef FUSED_ADAFACTOR_CPU_APPLY_H
 #define FUSED_ADAFACTOR_CPU_APPLY_H
 
+#include "rounding.h"
 #include "statistics.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// p rounded to its dtype with random bits keyed by the element's row-major index in the parameter.
-inline void write_stochastic(const Tensor& t, const Rule& r, const float* value, int64_t k, int64_t n) {
-  uint16_t* param = static_cast<uint16_t*>(t.param);
-  PhiloxBlock block{};
-  uint64_t held = ~uint64_t(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint64_t element = uint64_t(offset_of(t, t.logical, k + i));
-    if (element >> 3 != held) {
-      held = element >> 3;
-      block = rounding_block(held, uint32_t(t.param_index), uint32_t(r.step), r.seed);
-    }
-    param[offset_of(t, t.strides, k + i)] = to_bfloat16_stochastic(value[i], rounding_bits(block, element));
-  }
+// Whether the parameter is rounded with random bits.
+inline bool rounds_stochastically(const Tensor& t, const Rule& r) {
+  return r.rounding == kStochastic && t.param_dtype == kBfloat16;
 }
 
 // p = round(value): nearest, stochastic, or with what is lost kept as the compensation.
@@ -35,7 +26,7 @@ void write_param(const Tensor& t, const Rule& r, const M* value, int64_t k, int6
     }
     write(t, t.strides, spare, t.param, t.param_dtype, k, n);
     write(t, t.state_strides, other, t.compensation, t.param_dtype, k, n);
-  } else if (r.rounding == kStochastic && t.param_dtype == kBfloat16) {
+  } else if (rounds_stochastically(t, r)) {
     float* single = reinterpret_cast<float*>(spare);
     for (int64_t i = 0; i < n; ++i) single[i] = float(value[i]);
     write_stochastic(t, r, single, k, n);
@@ -66,29 +57,57 @@ inline double decay_of(const Tensor& t, const Rule& r) {
   return 1.0 - r.decay_coefficient * (r.decay_factor == kDecayAlpha ? t.alpha : r.decay_factor == kDecayLr ? r.lr : 1.0);
 }
 
-// Whether apply_line does all that the rule asks for.
+// Whether apply_line or apply_vector does all that the rule asks for.
 inline bool applies_plainly(const Tensor& t, const Rule& r) {
   return reads_plainly(t, r) && r.momentum == kNoMomentum && !r.amsgrad && t.compensation == nullptr &&
-         t.average == nullptr && (r.rounding == kNearest || t.param_dtype == kFloat32);
+         t.average == nullptr;
 }
+
 
 inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, double clip) {
   const float most = most_root<float>(r), scale = scale_of_grad(t), decay = float(decay_of(t, r));
   const float step = float(t.alpha) * (1.0f / float(clip));
+  const bool stochastic = rounds_stochastically(t, r);
+  float value[kChunk], root[kChunk];
   by_dtypes(t, [&](auto* param, auto* grad) {
+    // Elements k .. k + n with the factors that belong to them.
+    const auto apply_run = [&](int64_t k, int64_t n, const float* factor, float of_line) {
+      auto* p = param + offset_of(t, t.strides, k);
+      const auto* g = grad + (p - param);
+      if (!stochastic) return apply_line(p, p, g, factor, of_line, most, scale, decay, step, n);
+      for (int64_t j = 0; j < n; j += kChunk) {
+        const int64_t part = least(kChunk, n - j);
+        apply_line(value, p + j, g + j, factor + j, of_line, most, scale, decay, step, part);
+        write_stochastic(t, r, value, k + j, part);
+      }
+    };
     if (one_line_at_a_time(t)) {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
-        const int64_t offset = offset_of(t, t.strides, line * t.cols);
-        apply_line(param + offset, grad + offset, m.factor, m.line_factor(line), most, scale, decay, step, t.cols);
+        apply_run(line * t.cols, t.cols, m.factor, m.line_factor(line));
       }
-      return;
+    } else {
+      for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+        factored_roots(t, m, line, column, n, root);
+        apply_run(line * t.cols + column, n, root, 1.0f);
+      });
     }
-    float root[kChunk];
-    for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
-      const int64_t offset = offset_of(t, t.strides, line * t.cols + column);
-      factored_roots(t, m, line, column, n, root);
-      apply_line(param + offset, grad + offset, root, 1.0f, most, scale, decay, step, n);
-    });
+  });
+}
+
+inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, double clip) {
+  const float decay = float(decay_of(t, r)), step = float(t.alpha) * (1.0f / float(clip));
+  const VectorRule rule = vector_rule(t, r);
+  float value[kChunk];
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    const auto apply_to = [&](auto* to, int64_t k, int64_t n) {
+      apply_vector(to, param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, n);
+    };
+    if (!rounds_stochastically(t, r)) return apply_to(param + elements.begin, elements.begin, elements.end - elements.begin);
+    for (int64_t k = elements.begin; k < elements.end; k += kChunk) {
+      const int64_t n = least(kChunk, elements.end - k);
+      apply_to(value, k, n);
+      write_stochastic(t, r, value, k, n);
+    }
   });
 }
 
@@ -118,6 +137,7 @@ void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line
     const M* lost = read(t, t.state_strides, t.compensation, t.param_dtype, k, n, c.buffer[10]);
     for (int64_t i = 0; i < n; ++i) value[i] = decay * (param[i] + lost[i]) - delta[i];
   } else {
+    for (int64_t i = 0; i < n; i += kLanes) ask_for(param + i, kAheadOfChunk);
     for (int64_t i = 0; i < n; ++i) value[i] = decay * param[i] - delta[i];
   }
   if (t.exp_avg != nullptr) write(t, t.state_strides, exp_avg, t.exp_avg, t.exp_avg_dtype, k, n);
@@ -171,6 +191,8 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
     for_each_small(t, r, lines, ignored, buffers, false, [&](const Matrix<M>& m, double) {
       apply_matrix(t, r, m, Lines{m.first, m.first + t.rows}, clip, buffers);
     });
+  } else if (t.form == kUnfactored && applies_plainly(t, r)) {
+    apply_plain_vector(t, r, elements_of(t, lines), clip);
   } else {
     Chunk<M> c(buffers);
     for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {

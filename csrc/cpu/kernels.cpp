@@ -20,6 +20,7 @@ namespace {
 void stats(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& b) {
   FA_BY_MATH(t, stats_in, t, r, slab, scratch, b);
 }
+void merge(Tensor& t, int64_t part, void* scratch) { FA_BY_MATH(t, merge_in, t, part, scratch); }
 void finalize(Tensor& t, const Rule& r, void* scratch) { FA_BY_MATH(t, finalize_in, t, r, scratch); }
 void update_rms(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& b) {
   FA_BY_MATH(t, update_rms_in, t, r, slab, scratch, b);
@@ -36,7 +37,7 @@ void average(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) { FA_BY_M
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {stats, finalize, update_rms, measure, apply, accumulate, average};
+const Kernels kernels = {stats, merge, finalize, update_rms, measure, apply, accumulate, average};
 
 }  // namespace FA_ISA
 }  // namespace fused_adafactor

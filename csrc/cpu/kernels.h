@@ -31,6 +31,7 @@ inline int64_t block_lines(const Tensor& t) {
 
 struct Kernels {
   void (*stats)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
+  void (*merge)(Tensor&, int64_t part, void* scratch);
   void (*finalize)(Tensor&, const Rule&, void* scratch);
   void (*update_rms)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
   void (*measure)(Tensor&, const Rule&, void* scratch);  // RMS(u) from the sums of the third sweep

@@ -151,18 +151,8 @@ void ask_for(const T* at, int64_t ahead) {
   asm volatile("" : : "r"(there));  // GCC drops a loop that does nothing else
 }
 
-inline int64_t size_of(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
-// Asks for the elements of gradient and parameter that come after k, where all are one run.
-inline void ask_for_more(const Tensor& t, int64_t k) {
-  constexpr int64_t kElements = 1024;
-  if (t.ndim != 1 || t.strides[0] != 1 || k + 2 * kElements > t.numel) return;
-  const int64_t grad = size_of(t.grad_dtype), param = size_of(t.param_dtype);
-  const char* g = static_cast<const char*>(t.grad) + (k + kElements) * grad;
-  const char* p = static_cast<const char*>(t.param) + (k + kElements) * param;
-  for (int64_t i = 0; i < kChunk * grad; i += 64) ask_for(g, i);
-  for (int64_t i = 0; i < kChunk * param; i += 64) ask_for(p, i);
-}
+// How far ahead chunks are asked for, in bytes: the hardware does it too, but stops at the end of a page.
+constexpr int64_t kAheadOfChunk = 2048;
 
 // A number rounded to a state's dtype and read back: what is used is what is stored.
 template <class M>

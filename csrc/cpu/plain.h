@@ -112,21 +112,84 @@ double measure_line(const G* grad, const float* factor, float of_line, float mos
   return total;
 }
 
-// p = decay p - step u, u = g / sqrt(v).
-template <class P, class G>
-void apply_line(P* param, const G* grad, const float* factor, float of_line, float most, float scale, float decay,
-                float step, int64_t n) {
+// to = decay p - step u, u = g / sqrt(v); `to` may be where p is.
+template <class T, class P, class G>
+void apply_line(T* to, const P* param, const G* grad, const float* factor, float of_line, float most, float scale,
+                float decay, float step, int64_t n) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     ask_for(grad + j, kAheadOfLine);
     ask_for(param + j, kAheadOfLine);
     const Floats u = (load(grad + j) * scale) * least(load(factor + j) * of_line, most);
-    store(param + j, load(param + j) * decay - u * step);
+    store(to + j, load(param + j) * decay - u * step);
   }
   for (; j < n; ++j) {
     const float root = factor[j] * of_line;
     const float u = (load_element(grad + j) * scale) * (root > most ? most : root);
-    store_element(param + j, load_element(param + j) * decay - u * step);
+    store_element(to + j, load_element(param + j) * decay - u * step);
+  }
+}
+
+// The numbers that the loops over an unfactored tensor need.
+struct VectorRule {
+  float scale, beta2, rest, added, most;
+
+  template <class V>
+  V var(V old, V g) const {
+    return old * beta2 + (g * g + added) * rest;
+  }
+};
+
+// Adds Σ g², Σ p² if that is wanted, and Σ u².
+template <bool WithParam, class P, class G>
+void sum_vector(const P* param, const G* grad, const float* var, const VectorRule& r, int64_t n, double* sums) {
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    const int64_t end = least(n, begin + kFlush);
+    Floats grad_sq{}, param_sq{}, update_sq{};
+    float rest[3] = {};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      ask_for(grad + j, kAheadOfLine);
+      ask_for(var + j, kAheadOfLine);
+      const Floats g = load(grad + j) * r.scale;
+      const Floats u = g * least(inverse_root(r.var(load(var + j), g)), r.most);
+      grad_sq += g * g;
+      update_sq += u * u;
+      if (!WithParam) continue;
+      ask_for(param + j, kAheadOfLine);
+      const Floats p = load(param + j);
+      param_sq += p * p;
+    }
+    for (; j < end; ++j) {
+      const float g = load_element(grad + j) * r.scale, p = WithParam ? load_element(param + j) : 0.0f;
+      const float root = 1.0f / std::sqrt(r.var(var[j], g)), u = g * (root > r.most ? r.most : root);
+      rest[0] += g * g;
+      rest[1] += p * p;
+      rest[2] += u * u;
+    }
+    sums[0] += double(sum_of(grad_sq) + rest[0]);
+    sums[1] += double(sum_of(param_sq) + rest[1]);
+    sums[2] += double(sum_of(update_sq) + rest[2]);
+  }
+}
+
+// to = decay p - step u, and the new second moments.
+template <class T, class P, class G>
+void apply_vector(T* to, const P* param, const G* grad, float* var, const VectorRule& r, float decay, float step,
+                  int64_t n) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    ask_for(grad + j, kAheadOfLine);
+    ask_for(param + j, kAheadOfLine);
+    ask_for(var + j, kAheadOfLine);
+    const Floats g = load(grad + j) * r.scale, v = r.var(load(var + j), g);
+    store(var + j, v);
+    store(to + j, load(param + j) * decay - (g * least(inverse_root(v), r.most)) * step);
+  }
+  for (; j < n; ++j) {
+    const float g = load_element(grad + j) * r.scale, v = r.var(var[j], g), root = 1.0f / std::sqrt(v);
+    var[j] = v;
+    store_element(to + j, load_element(param + j) * decay - (g * (root > r.most ? r.most : root)) * step);
   }
 }
 

@@ -3,6 +3,8 @@
 #ifndef FUSED_ADAFACTOR_CPU_STATISTICS_H
 #define FUSED_ADAFACTOR_CPU_STATISTICS_H
 
+#include <float.h>
+
 #include "plain.h"
 #include "update.h"
 
@@ -10,13 +12,15 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// Whether the lines of gradient and parameter can be read where they are, with nothing to do but to scale g.
+// Whether gradient and parameter can be read where they are, with nothing to do but to scale g.
 inline bool reads_plainly(const Tensor& t, const Rule& r) {
   const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
                             (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
-  return (t.form == kFactored || t.form == kSmall) && t.math_dtype == kFloat32 && plain_dtypes &&
-         t.accumulator == nullptr && r.clip_value < 0 && r.momentum != kMomentumGrad &&
-         t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+  const bool plain_lines = t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+  const bool one_run = t.ndim == 1 && t.strides[0] == 1 && t.state_strides[0] == 1;
+  return t.math_dtype == kFloat32 && plain_dtypes && t.accumulator == nullptr && r.clip_value < 0 &&
+         r.momentum != kMomentumGrad && t.form != kTiny &&
+         (t.form == kUnfactored ? one_run && t.moment_dtype == kFloat32 && !r.amsgrad : plain_lines);
 }
 
 // Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that reads_plainly.
@@ -31,6 +35,26 @@ auto by_dtypes(const Tensor& t, F f) {
 }
 
 inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
+
+inline VectorRule vector_rule(const Tensor& t, const Rule& r) {
+  const float added = r.eps1_rule == kEps1Add ? float(r.eps1) : 0.0f;
+  return {scale_of_grad(t), float(r.beta2), float(1.0 - r.beta2), added, most_root<float>(r)};
+}
+
+// Elements of a slab of a tensor that is one run.
+inline Lines elements_of(const Tensor& t, Lines lines) {
+  return {lines.begin * t.cols, least(lines.end * t.cols, t.numel)};
+}
+
+// Of some elements of an unfactored tensor that reads_plainly.
+inline void sum_plain_vector(const Tensor& t, const Rule& r, Lines elements, double* sums) {
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    const int64_t begin = elements.begin, n = elements.end - begin;
+    const float* var = static_cast<const float*>(t.var) + begin;
+    t.measures_param_rms ? sum_vector<true>(param + begin, grad + begin, var, vector_rule(t, r), n, sums)
+                         : sum_vector<false>(param + begin, grad + begin, var, vector_rule(t, r), n, sums);
+  });
+}
 
 // New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
 template <class M>
@@ -71,11 +95,20 @@ void set_lines(const Tensor& t, const Rule& r, const LineSums<M>& s, int64_t lin
   for (int64_t l = 0; l < count; ++l) inverse[l] = inverse_of(sums[l]);
 }
 
+// Where a line begins, asking ahead in the one before it was of no use.
+template <int L, class T>
+void ask_for_heads(const T* const* lines) {
+  for (int l = 0; l < L; ++l) {
+    for (int64_t i = 0; i < kAheadOfBlock; i += 64) ask_for(lines[l], i);
+  }
+}
+
 template <int L, bool WithParam, class P, class G>
 void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t line, LineSums<float>& s,
                      float* of_line) {
   const G* g[L];
   const P* p[L];
+  const G* next[L];
   float inverse[L];
   for (int l = 0; l < L; ++l) {
     const int64_t offset = offset_of(t, t.strides, (line + l) * t.cols);
@@ -83,9 +116,12 @@ void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, in
     p[l] = param + offset;
   }
   const float scale = scale_of_grad(t);
+  if (WithParam) ask_for_heads<L>(p);
   square_lines<L>(g, scale, t.cols, of_line);
   for (int l = 0; l < L; ++l) s.grad_sq += double(of_line[l]);
   set_lines(t, r, s, line, L, of_line, inverse);
+  for (int l = 0; l < L; ++l) next[l] = g[l] + L * t.cols;
+  ask_for_heads<L>(next);
   s.param_sq += add_lines<L, WithParam>(g, p, inverse, scale, t.cols, s.across, s.weighted);
 }
 
@@ -146,7 +182,6 @@ void add_narrow_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& 
   for (int64_t line = lines.begin; line < lines.end; line += together) {
     const int64_t lanes = least(together, lines.end - line), k = line * t.cols, n = lanes * t.cols;
     const int64_t stride = stride_of(lanes);
-    ask_for_more(t, k);
     const M* g = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &s.grad_sq);
     if (r.clip_value < 0) s.grad_sq += double(sum_of_squares(g, n));
     to_lanes(g, t.cols, lanes, t.numel - k, grad);
@@ -227,15 +262,21 @@ struct Range {
 };
 
 // How far the clamp reaches, from the smallest and the largest second moments. A line of zeros is never clamped.
+// Every line is measured, as if it were clamped, where the identity cannot be trusted.
 template <class M>
 Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
-  if (r.eps1_rule != kEps1Clamp) return Clamp::kNowhere;
   const Range<M> line(m.line, t.rows), cross(m.cross, t.cols);
   const M most = most_root<M>(r), norm = *m.norm;
   if (!is_finite(norm)) return Clamp::kEveryLine;  // no bounds hold, and NaN must reach RMS(u)
   const M smallest_line = M(1) / std::sqrt(line.largest / norm), largest_line = M(1) / std::sqrt(line.smallest / norm);
   const M smallest_factor = M(1) / std::sqrt(cross.largest), largest_factor = M(1) / std::sqrt(cross.smallest);
   *m.largest = largest_factor;
+  if (r.eps1_rule != kEps1Clamp) {
+    // Where a root is so large, g² can be lost below all range while u² is above 1e-4 of what is usual.
+    const M lossless = std::sqrt(M(1e-4) / M(sizeof(M) == sizeof(float) ? FLT_MIN : DBL_MIN));
+    return largest_line * largest_factor > lossless ? Clamp::kEveryLine : Clamp::kNowhere;
+  }
+  if (!is_finite(largest_line)) return Clamp::kEveryLine;  // what the identity has counted for it cannot be told
   if (largest_line * largest_factor <= most) return Clamp::kNowhere;
   if (smallest_line * smallest_factor >= most) return Clamp::kEverywhere;
   return smallest_line * largest_factor > most ? Clamp::kEveryLine : Clamp::kSomeLines;
@@ -271,6 +312,13 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
   } else if (*m.clamp == Clamp::kEverywhere && r.momentum == kMomentumGrad) {
     *m.clamp = Clamp::kEveryLine;  // Σ num² is not known
   }
+  const double known = share * double(norm);
+  if (*m.clamp == Clamp::kNowhere && !is_finite(known)) *m.clamp = Clamp::kEveryLine;
+  if (*m.clamp == Clamp::kSomeLines) {
+    // What has been counted without the clamp is taken off again. Its rounding stays: it must be small beside d².
+    const double d = r.clip_threshold, trusted = 16.0 * double(t.rows) * double(t.cols) * d * d;
+    if (!(known <= trusted)) *m.clamp = Clamp::kEveryLine;
+  }
   const double most = double(most_root<M>(r));
   switch (*m.clamp) {
     case Clamp::kEveryLine:
@@ -278,7 +326,7 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
     case Clamp::kEverywhere:
       return grad_sq * most * most;
     default:
-      return share * double(norm);
+      return known;
   }
 }
 
@@ -381,6 +429,10 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
     sum[1] = s.param_sq;
     return;
   }
+  if (t.form == kUnfactored && reads_plainly(t, r)) {
+    sum_plain_vector(t, r, elements_of(t, lines), sum);
+    return;
+  }
   Chunk<M> c(buffers);
   for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
     const int64_t k = line * t.cols + column;
@@ -415,6 +467,24 @@ inline void set_alpha(Tensor& t, const Rule& r, double param_sq) {
   t.alpha = (scale < r.eps2 ? r.eps2 : scale) * r.rho;
 }
 
+// The sums across the lines of a matrix, from those of its slabs: some columns of them.
+template <class M>
+void merge_in(Tensor& t, int64_t part, void* scratch) {
+  Sums<M> s(t, scratch);
+  const int64_t parts = (t.cols + kMergeColumns - 1) / kMergeColumns, slabs = slabs_per_matrix(t);
+  const int64_t number = part / parts, begin = part % parts * kMergeColumns;
+  const int64_t n = least(kMergeColumns, t.cols - begin);
+  const Matrix<M> m = s.matrix(t, number);
+  M *across = m.cross + begin, *weighted = m.factor + begin;
+  zero(across, n);
+  zero(weighted, n);
+  for (int64_t i = 0; i < slabs; ++i) {
+    const M* partial = s.partial + 2 * (number * slabs + i) * t.cols + begin;
+    for (int64_t j = 0; j < n; ++j) across[j] += partial[j];
+    for (int64_t j = 0; j < n; ++j) weighted[j] += partial[t.cols + j];
+  }
+}
+
 template <class M>
 void finalize_in(Tensor& t, const Rule& r, void* scratch) {
   Sums<M> s(t, scratch);
@@ -427,18 +497,8 @@ void finalize_in(Tensor& t, const Rule& r, void* scratch) {
   t.grad_sq = sums[0];
   set_alpha(t, r, sums[1]);
   if (t.form == kFactored) {
-    const int64_t slabs = slabs_per_matrix(t);
     for (int64_t number = 0; number < t.batch; ++number) {
       Matrix<M> m = s.matrix(t, number);
-      if (slabs > 1) {
-        zero(m.cross, t.cols);
-        zero(m.factor, t.cols);
-      }
-      for (int64_t i = 0; i < slabs && slabs > 1; ++i) {
-        const M* partial = s.partial + 2 * (number * slabs + i) * t.cols;
-        for (int64_t j = 0; j < t.cols; ++j) m.cross[j] += partial[j];
-        for (int64_t j = 0; j < t.cols; ++j) m.factor[j] += partial[t.cols + j];
-      }
       sums[2] += finalize_matrix(t, r, m);
     }
   }
@@ -459,6 +519,12 @@ void update_rms_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, Thread
     if (t.form == kSmall) {
       LineSums<M> ignored{};
       for_each_small(t, r, lines, ignored, buffers, true, [&](const Matrix<M>&, double part) { sum += part; });
+      return;
+    }
+    if (t.form == kUnfactored && reads_plainly(t, r)) {
+      double sums[3] = {};
+      sum_plain_vector(t, r, elements_of(t, lines), sums);
+      sum = sums[2];
       return;
     }
     Chunk<M> c(buffers);

@@ -15,6 +15,7 @@ namespace portable { extern const Kernels kernels; }
 #if defined(FA_X86)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 #endif
 
 namespace {
@@ -24,6 +25,7 @@ const Kernels* const kBuilds[] = {
 #if defined(FA_X86)
     &avx2::kernels,
     &avx512::kernels,
+    &avx512bf16::kernels,
 #endif
 };
 
@@ -32,7 +34,7 @@ int32_t best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
@@ -43,7 +45,7 @@ int32_t chosen_isa = best_isa();
 
 // How far a tensor has come.
 struct Progress {
-  std::atomic<int32_t> stats_left{0}, update_rms_left{0}, apply_left{0}, finalized{0}, measured{0};
+  std::atomic<int32_t> stats_left{0}, merges_left{0}, update_rms_left{0}, apply_left{0}, finalized{0}, measured{0};
 };
 
 inline void wait_for(const std::atomic<int32_t>& value, int32_t wanted) {
@@ -129,6 +131,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
     const Item& item = items[i];
     Progress& p = progress[item.tensor];
     if (item.kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kMerge) p.merges_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kApply) p.apply_left.fetch_add(1, std::memory_order_relaxed);
     only_sums = only_sums && item.kind == kStats;
@@ -157,8 +160,14 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
           kernels.stats(t, r, item.slab, scratch, buffers);
           p.stats_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
+        case kMerge:
+          wait_for(p.stats_left, 0);
+          kernels.merge(t, item.slab, scratch);
+          p.merges_left.fetch_sub(1, std::memory_order_acq_rel);
+          break;
         case kFinalize:
           wait_for(p.stats_left, 0);
+          wait_for(p.merges_left, 0);
           kernels.finalize(t, r, scratch);
           p.finalized.store(1, std::memory_order_release);
           break;

@@ -93,6 +93,7 @@ void square_back(const float* from, int64_t stride, int64_t any_count, float* to
 
 // One vector of lanes.
 inline void vector_out(const float* from, int64_t count, float* to, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) ask_for(from + i * kLanes, kAheadOfChunk);
   switch (count) {
 #if defined(__AVX512F__)
     case 2:
@@ -171,9 +172,14 @@ template <class M>
 void new_tiny(const Tensor& t, const Rule& r, void* var, int64_t matrix, int64_t lanes, int64_t count, int64_t reduced,
               M* sums, bool stores) {
   M flat[kLanesOfChunk], old[kLanesOfChunk];
-  const int64_t n = lanes * count, all = stride_of(lanes) * count;
-  convert_from(flat, var, t.moment_dtype, matrix * count, 1, n);
-  to_lanes(flat, count, lanes, kLanesOfChunk, old);
+  const int64_t first = matrix * count, n = lanes * count, all = stride_of(lanes) * count;
+  if (t.moment_dtype == DtypeOf<M>::value) {
+    const int64_t there = t.numel / (t.matrix_rows * t.matrix_cols) * count - first;
+    to_lanes(static_cast<const M*>(var) + first, count, lanes, there, old);
+  } else {
+    convert_from(flat, var, t.moment_dtype, first, 1, n);
+    to_lanes(flat, count, lanes, kLanesOfChunk, old);
+  }
   const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
   const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
   for (int64_t i = 0; i < all; ++i) sums[i] = beta2 * old[i] + rest * ((sums[i] + added) * by);
@@ -182,15 +188,15 @@ void new_tiny(const Tensor& t, const Rule& r, void* var, int64_t matrix, int64_t
   }
   if (!stores) return;
   from_lanes(sums, count, lanes, flat);
-  convert_to(flat, var, t.moment_dtype, matrix * count, 1, n);
+  convert_to(flat, var, t.moment_dtype, first, 1, n);
 }
 
 // What the gradients of some tiny matrices say of them.
 template <class M>
 struct Tiny {
   int64_t lanes, stride;
-  M element[kLanesOfChunk];                  // g
-  M row[kLanesOfChunk], col[kLanesOfChunk];  // v = row col: new second moments, those of the rows over their norm
+  M element[kLanesOfChunk];                                // g
+  M row[kLanesOfChunk], col[kLanesOfChunk], norm[kChunk];  // new second moments, v = row col / norm
 
   // Of n elements from element k on; where `stores`, the new second moments are written.
   Tiny(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, bool stores) {
@@ -204,11 +210,10 @@ struct Tiny {
     new_tiny(t, r, t.cross_var, matrix, lanes, cols, rows, col, stores);
     const M by = r.sums ? M(1) : M(1) / M(rows), smallest = r.eps1_rule == kEps1Clamp ? M(r.eps1) : M(0);
     for (int64_t l = 0; l < stride; l += lanes_of<M>) {
-      Vector<M> norm{};
-      for (int64_t i = 0; i < rows; ++i) norm += load(row + i * stride + l);
-      norm *= by;
-      norm = M(1) / (norm < smallest ? Vector<M>{} + smallest : norm);  // so written that NaN stays
-      for (int64_t i = 0; i < rows; ++i) store(row + i * stride + l, load(row + i * stride + l) * norm);
+      Vector<M> sum{};
+      for (int64_t i = 0; i < rows; ++i) sum += load(row + i * stride + l);
+      sum *= by;
+      store(norm + l, sum < smallest ? Vector<M>{} + smallest : sum);  // so written that NaN stays
     }
   }
 
@@ -232,13 +237,13 @@ void tiny_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_
   const int64_t rows = t.matrix_rows, cols = t.matrix_cols;
   Tiny<M> tiny(t, r, grad, k, n, stores);
   const int64_t stride = tiny.stride;
-  inverse_roots(tiny.row, rows * stride);
-  inverse_roots(tiny.col, cols * stride);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const M *row = tiny.row + i * stride, *col = tiny.col + j * stride;
-      M* both = tiny.element + (i * cols + j) * stride;
-      for (int64_t l = 0; l < stride; ++l) both[l] = row[l] * col[l];
+  for (int64_t l = 0; l < stride; l += lanes_of<M>) {
+    const Vector<M> by_norm = inverse(load(tiny.norm + l));
+    Vector<M> of_col[kMaxTiny];
+    for (int64_t j = 0; j < cols; ++j) of_col[j] = inverse_root(load(tiny.col + j * stride + l));
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vector<M> of_row = inverse_root(load(tiny.row + i * stride + l) * by_norm);
+      for (int64_t j = 0; j < cols; ++j) store(tiny.element + (i * cols + j) * stride + l, of_row * of_col[j]);
     }
   }
   from_lanes(tiny.element, rows * cols, tiny.lanes, root);
@@ -249,18 +254,18 @@ template <class M>
 double tiny_update_sq(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M most_root) {
   const int64_t rows = t.matrix_rows, cols = t.matrix_cols;
   const Tiny<M> tiny(t, r, grad, k, n, false);
-  const Vector<M> most = Vector<M>{} + most_root * most_root;
   Vector<M> total{};
   for (int64_t l = 0; l < tiny.stride; l += lanes_of<M>) {
+    const Vector<M> by_norm = inverse(load(tiny.norm + l));
     Vector<M> of_col[kMaxTiny];
-    for (int64_t j = 0; j < cols; ++j) of_col[j] = M(1) / load(tiny.col + j * tiny.stride + l);
+    for (int64_t j = 0; j < cols; ++j) of_col[j] = inverse_root(load(tiny.col + j * tiny.stride + l));
     for (int64_t i = 0; i < rows; ++i) {
-      const Vector<M> of_row = M(1) / load(tiny.row + i * tiny.stride + l);
+      const Vector<M> of_row = inverse_root(load(tiny.row + i * tiny.stride + l) * by_norm);
       for (int64_t j = 0; j < cols; ++j) {
-        const Vector<M> g = load(tiny.element + (i * cols + j) * tiny.stride + l);
-        // In this order: g² is at most its row's sum, but the product of the factors may be beyond all range.
-        const Vector<M> square = g * g, free = (square * of_row) * of_col[j], clamped = square * most;
-        total += square == M(0) ? square : free > clamped ? clamped : free;
+        // Roots before they meet: their squares leave all range long before u does.
+        const Vector<M> g = load(tiny.element + (i * cols + j) * tiny.stride + l), root = of_row * of_col[j];
+        const Vector<M> u = g * (root > most_root ? Vector<M>{} + most_root : root);
+        total += g == M(0) ? Vector<M>{} : u * u;  // lanes beyond the last have no root
       }
     }
   }

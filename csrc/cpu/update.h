@@ -38,10 +38,7 @@ void for_each_chunk(const Tensor& t, Lines lines, F f) {
   }
   for (int64_t line = lines.begin; line < lines.end; ++line) {
     const int64_t length = line_length(t, line);
-    for (int64_t j = 0; j < length; j += chunk) {
-      ask_for_more(t, line * t.cols + j);
-      f(line, j, least(chunk, length - j));
-    }
+    for (int64_t j = 0; j < length; j += chunk) f(line, j, least(chunk, length - j));
   }
 }
 

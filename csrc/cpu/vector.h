@@ -77,6 +77,14 @@ inline Floats load(const uint16_t* bfloat16) {
 
 // to_bfloat16, on a vector.
 inline void store(uint16_t* to, Floats value) {
+#if defined(__AVX512BF16__)
+  // Flushes what is below the normal numbers, so those go the long way.
+  if (_mm512_fpclass_ps_mask(__m512(value), 0x20) == 0) {
+    const __m256bh halves = _mm512_cvtneps_pbh(__m512(value));
+    memcpy(to, &halves, sizeof halves);
+    return;
+  }
+#endif
   const Words bits = Words(value);
   const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Words nan = Words((bits & 0x7FFFFFFFu) > 0x7F800000u);
@@ -132,6 +140,7 @@ M sum_of_squares(const M* x, int64_t n) {
   Vector<M> a{}, b{}, c{}, d{};
   int64_t i = 0;
   for (; i + 4 * kStep <= n; i += 4 * kStep) {
+    for (int line = 0; line < 4; ++line) ask_for(x + i, kAheadOfChunk + 64 * line);
     const Vector<M> p = load(x + i), q = load(x + i + kStep), r = load(x + i + 2 * kStep), s = load(x + i + 3 * kStep);
     a += p * p;
     b += q * q;
@@ -172,11 +181,16 @@ inline Vector<double> inverse_root(Vector<double> x) {
   return x;
 }
 
+#if defined(__AVX2__)
+// Whether some number is so small, so large or so odd that a guess of 1 / x or 1 / sqrt(x) cannot be made better.
+inline bool any_extreme(Floats x) { return any(~((x > 1e-37f) & (x < 1e37f))); }
+#endif
+
 inline Floats inverse_root(Floats x) {
 #if defined(__AVX2__)
   // A guess of 12 bits or more and one step of Newton's method: within two units in the last place, in a fifth of the
-  // time of a division and a root. Zero, what is nearly zero, infinity and NaN go the slow way.
-  if (!any(~((x > 1e-37f) & (x < 1e38f)))) {
+  // time of a division and a root.
+  if (!any_extreme(x)) {
 #if defined(__AVX512F__)
     const Floats guess = Floats(_mm512_rsqrt14_ps(__m512(x)));
 #else
@@ -187,6 +201,23 @@ inline Floats inverse_root(Floats x) {
 #endif
   for (int64_t i = 0; i < kLanes; ++i) x[i] = 1.0f / std::sqrt(x[i]);
   return x;
+}
+
+// 1 / x, likewise.
+inline Vector<double> inverse(Vector<double> x) { return 1.0 / x; }
+
+inline Floats inverse(Floats x) {
+#if defined(__AVX2__)
+  if (!any_extreme(x)) {
+#if defined(__AVX512F__)
+    const Floats guess = Floats(_mm512_rcp14_ps(__m512(x)));
+#else
+    const Floats guess = Floats(_mm256_rcp_ps(__m256(x)));
+#endif
+    return guess + guess * (1.0f - x * guess);
+  }
+#endif
+  return 1.0f / x;
 }
 
 // x[i] = 1 / sqrt(x[i]).

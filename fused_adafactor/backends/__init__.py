@@ -14,6 +14,7 @@ import torch
 
 from fused_adafactor.binding import Binding, Exchange
 from fused_adafactor.plan import Activity, Facts, Phase
+from fused_adafactor.spec import TensorSpec
 
 ENVIRONMENT = "FUSED_ADAFACTOR_BACKEND"
 NAMES = ("reference", "cpp", "triton", "cuda")
@@ -41,6 +42,9 @@ class Executor(Protocol):
 
 class Backend(Protocol):
     """What a backend module offers; see ``backends/reference.py``, which is the specification."""
+
+    def obstacle(self, spec: TensorSpec) -> str | None:
+        """Why it cannot step a tensor that has elements, or None."""
 
     def bind(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> Executor:
         """Make an executor for tensors of one device and one math dtype, none of them empty.

@@ -30,11 +30,11 @@ from fused_adafactor.rule import (
 from fused_adafactor.slabs import Form, Geometry, ItemKind, geometry_of, is_whole, items_of
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -174,7 +174,9 @@ class _Executor:
             if b.accumulator is not None
         ]
         self.items: dict[object, ctypes.Array[_Item]] = {}
-        self.outcomes = torch.zeros(count, len(_Outcome._fields_), dtype=torch.float64)
+        self.outcomes = torch.zeros(
+            count, len(_Outcome._fields_), dtype=torch.float64, device="cpu"
+        )
         self.math_dtype = bindings[0].planned.spec.math_dtype
         rules: dict[tuple[int, float], int] = {}
         self.cohorts: list[tuple[Cohort, float]] = []
@@ -191,7 +193,7 @@ class _Executor:
         self.rules = (_Rule * len(self.cohorts))()
         sizes = [_scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)]
         place = self._share_scratch if len(segments) == 1 else self._spread_scratch
-        self.scratch = torch.empty(place(sizes), dtype=torch.uint8)
+        self.scratch = torch.empty(place(sizes), dtype=torch.uint8, device="cpu")
 
     def _share_scratch(self, sizes: Sequence[int]) -> int:
         """Two places in the scratch for all tensors, as only two are under way; their bytes.
@@ -294,9 +296,17 @@ class _Executor:
             odd = sorted({*odd, *(number for number, grad in enumerate(grads) if grad.is_neg())})
         for number in odd:
             grad, param = grads[number], self.params[number]
-            copy = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype)
+            copy = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device="cpu")
             grads[number] = copy.copy_(grad)
         return grads
+
+
+def obstacle(spec: TensorSpec) -> str | None:
+    """Why it cannot step a tensor that has elements, or None."""
+    dims = len(geometry_of(spec).sizes)
+    if dims > _MAX_DIMS:
+        return f"has {dims} dimensions that cannot be merged, more than {_MAX_DIMS}"
+    return None
 
 
 def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> _Executor:

@@ -21,6 +21,7 @@ from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
 from fused_adafactor.schedule import Number
+from fused_adafactor.spec import TensorSpec
 
 
 @dataclass
@@ -100,6 +101,11 @@ def _tell(work: Sequence[_Work], exchange: Exchange) -> None:
     for number, b in enumerate(work):
         b.skip = None if exchange.skip is None else exchange.skip[number]
         b.grad_factor = None if exchange.grad_factor is None else exchange.grad_factor[number]
+
+
+def obstacle(spec: TensorSpec) -> str | None:
+    """Why it cannot step a tensor that has elements: there is nothing that it cannot."""
+    return None
 
 
 def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> _Executor:

@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -38,7 +38,11 @@ enum ItemKind : int32_t {
   kApply = 5,
   kAccumulate = 6,
   kAverage = 7,
+  kMerge = 8,
 };
+
+// Columns of a matrix that one kMerge adds up over its slabs.
+constexpr int64_t kMergeColumns = 2048;
 
 // The numbers and switches of one rule at one step.
 struct Rule {

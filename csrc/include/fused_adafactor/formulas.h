@@ -53,37 +53,9 @@ FA_HD uint16_t to_bfloat16_stochastic(float value, uint32_t random16) {
   return uint16_t(magnitude >= 0x7F800000u ? kept : rounded);
 }
 
-struct PhiloxBlock {
-  uint32_t word[4];
-};
-
-// Philox-4x32-10: Salmon et al., SC 2011.
-FA_HD PhiloxBlock philox_4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t product1 = uint64_t(0xCD9E8D57u) * c2;
-    const uint32_t next0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-    const uint32_t next2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(product1);
-    c3 = uint32_t(product0);
-    c0 = next0;
-    c2 = next2;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return PhiloxBlock{{c0, c1, c2, c3}};
-}
-
-// The block that serves elements 8 b to 8 b + 7 of a parameter.
-FA_HD PhiloxBlock rounding_block(uint64_t block, uint32_t param_index, uint32_t step, uint64_t seed) {
-  return philox_4x32(uint32_t(block), uint32_t(block >> 32), param_index, step, uint32_t(seed), uint32_t(seed >> 32));
-}
-
-// The 16 bits of one element out of its block: word (e & 7) / 2, low half first.
-FA_HD uint32_t rounding_bits(const PhiloxBlock& block, uint64_t element) {
-  const uint32_t word = block.word[(element & 7) >> 1];
-  return (element & 1) ? word >> 16 : word & 0xFFFFu;
-}
+// Philox-4x32-10: Salmon et al., SC 2011. Ten rounds of two products, with a key that moves on by these.
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
 
 }  // namespace fused_adafactor
 

@@ -1,0 +1,83 @@
+// Stochastic rounding of runs of elements, with the random bits of many blocks at a time. Part of kernels.cpp.
+
+#ifndef FUSED_ADAFACTOR_CPU_ROUNDING_H
+#define FUSED_ADAFACTOR_CPU_ROUNDING_H
+
+#include "vector.h"
+
+namespace fused_adafactor {
+namespace FA_ISA {
+namespace {
+
+typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));
+constexpr int64_t kBlocksTogether = kVectorBytes / 8;
+// Blocks that `kChunk` elements touch, wherever they begin, in whole vectors.
+constexpr int64_t kBlocksOfChunk = (kChunk / 8 + 1 + kBlocksTogether - 1) / kBlocksTogether * kBlocksTogether;
+
+// Products of the low halves.
+inline Longs multiply_halves(Longs a, Longs b) {
+#if defined(__AVX512F__)
+  return Longs(_mm512_mul_epu32(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+  return Longs(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+// Philox-4x32-10 of consecutive blocks, side by side: a block's words 0 and 1, then 2 and 3. Its key is the seed, its
+// counter (block, parameter, step). What is above the low half of a counter's number is of no account.
+inline void rounding_blocks(const Tensor& t, const Rule& r, uint64_t block, int64_t count, uint64_t* words) {
+  const Longs multiplier0 = Longs{} + kPhiloxMultiplier0, multiplier1 = Longs{} + kPhiloxMultiplier1;
+  for (int64_t first = 0; first < count; first += kBlocksTogether) {
+    Longs c0{}, c2 = Longs{} + uint32_t(t.param_index), c3 = Longs{} + uint32_t(r.step);
+    for (int64_t i = 0; i < kBlocksTogether; ++i) c0[i] = block + uint64_t(first + i);
+    Longs c1 = c0 >> 32;
+    uint32_t k0 = uint32_t(r.seed), k1 = uint32_t(r.seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const Longs product0 = multiply_halves(c0, multiplier0), product1 = multiply_halves(c2, multiplier1);
+      c0 = (product1 >> 32) ^ c1 ^ k0;
+      c2 = (product0 >> 32) ^ c3 ^ k1;
+      c1 = product1;
+      c3 = product0;
+      k0 += kPhiloxKeyStep0;
+      k1 += kPhiloxKeyStep1;
+    }
+    const Longs low = (c0 & 0xFFFFFFFFu) | (c1 << 32), high = (c2 & 0xFFFFFFFFu) | (c3 << 32);
+    for (int64_t i = 0; i < kBlocksTogether; ++i) {
+      words[2 * (first + i)] = low[i];
+      words[2 * (first + i) + 1] = high[i];
+    }
+  }
+}
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
+
+// p rounded to bfloat16 with random bits keyed by the element's row-major index in the parameter; n <= kChunk.
+inline void write_stochastic(const Tensor& t, const Rule& r, const float* value, int64_t k, int64_t n) {
+  uint64_t words[2 * kBlocksOfChunk];
+  uint16_t halves[8 * kBlocksOfChunk];
+  uint16_t* param = static_cast<uint16_t*>(t.param);
+  const int64_t stride = stride_of_runs(t, t.strides), logical_stride = stride_of_runs(t, t.logical);
+  for (int64_t i = 0; i < n;) {
+    const Run to = run_at(t, t.strides, k + i), run = run_at(t, t.logical, k + i);
+    const int64_t count = logical_stride == 1 ? least(run.count, n - i) : 1;
+    const uint64_t element = uint64_t(run.offset), block = element >> 3;
+    rounding_blocks(t, r, block, int64_t(((element + uint64_t(count) - 1) >> 3) - block + 1), words);
+    memcpy(halves, words, sizeof words);
+    const uint16_t* random = halves + (element & 7);
+    uint16_t* out = param + to.offset;
+    if (stride == 1) {
+      for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16_stochastic(value[i + j], random[j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) out[j * stride] = to_bfloat16_stochastic(value[i + j], random[j]);
+    }
+    i += count;
+  }
+}
+
+}  // namespace
+}  // namespace FA_ISA
+}  // namespace fused_adafactor
+
+#endif  // FUSED_ADAFACTOR_CPU_ROUNDING_H
