@@ -135,10 +135,10 @@ void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line
   M* value = c.buffer[9];
   if (t.compensation != nullptr) {
     const M* lost = read(t, t.state_strides, t.compensation, t.param_dtype, k, n, c.buffer[10]);
-    for (int64_t i = 0; i < n; ++i) value[i] = decay * (param[i] + lost[i]) - delta[i];
+    for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i] + lost[i], -delta[i]);
   } else {
     for (int64_t i = 0; i < n; i += kLanes) ask_for(param + i, kAheadOfChunk);
-    for (int64_t i = 0; i < n; ++i) value[i] = decay * param[i] - delta[i];
+    for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i], -delta[i]);
   }
   if (t.exp_avg != nullptr) write(t, t.state_strides, exp_avg, t.exp_avg, t.exp_avg_dtype, k, n);
   if (r.amsgrad) write(t, t.state_strides, u.var_max, t.var_max, t.moment_dtype, k, n);

@@ -121,12 +121,12 @@ void apply_line(T* to, const P* param, const G* grad, const float* factor, float
     ask_for(grad + j, kAheadOfLine);
     ask_for(param + j, kAheadOfLine);
     const Floats u = (load(grad + j) * scale) * least(load(factor + j) * of_line, most);
-    store(to + j, load(param + j) * decay - u * step);
+    store(to + j, fused(load(param + j), Floats{} + decay, -(u * step)));
   }
   for (; j < n; ++j) {
     const float root = factor[j] * of_line;
     const float u = (load_element(grad + j) * scale) * (root > most ? most : root);
-    store_element(to + j, load_element(param + j) * decay - u * step);
+    store_element(to + j, fused(load_element(param + j), decay, -(u * step)));
   }
 }
 
@@ -136,7 +136,7 @@ struct VectorRule {
 
   template <class V>
   V var(V old, V g) const {
-    return old * beta2 + (g * g + added) * rest;
+    return fused(V{} + rest, fused(g, g, V{} + added), old * beta2);  // new_moment of formulas.h
   }
 };
 
@@ -184,12 +184,12 @@ void apply_vector(T* to, const P* param, const G* grad, float* var, const Vector
     ask_for(var + j, kAheadOfLine);
     const Floats g = load(grad + j) * r.scale, v = r.var(load(var + j), g);
     store(var + j, v);
-    store(to + j, load(param + j) * decay - (g * least(inverse_root(v), r.most)) * step);
+    store(to + j, fused(load(param + j), Floats{} + decay, -(g * least(inverse_root(v), r.most) * step)));
   }
   for (; j < n; ++j) {
     const float g = load_element(grad + j) * r.scale, v = r.var(var[j], g), root = 1.0f / std::sqrt(v);
     var[j] = v;
-    store_element(to + j, load_element(param + j) * decay - (g * (root > r.most ? r.most : root)) * step);
+    store_element(to + j, fused(load_element(param + j), decay, -(g * (root > r.most ? r.most : root) * step)));
   }
 }
 

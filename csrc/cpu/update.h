@@ -118,7 +118,7 @@ template <class M>
 void unfactored_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M* root, M* var, M* spare) {
   const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
   const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
-  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], grad[i] * grad[i] + added, beta2, rest);
+  for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], fused(grad[i], grad[i], added), beta2, rest);
   if (t.moment_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
   }

@@ -119,6 +119,19 @@ auto sum_of_array(V value) {
   return sum;
 }
 
+using fused_adafactor::fused;
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) c[i] = fused(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
 inline float sum_of(Floats value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(__m512(value));

@@ -16,10 +16,28 @@
 
 namespace fused_adafactor {
 
+// a b + c with one rounding where the machine has an instruction for that. The compiler would fuse of itself, but of two
+// products that are added it may choose either, and not the same one in every loop.
+FA_HD float fused(float a, float b, float c) {
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FA_HD double fused(double a, double b, double c) {
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // `rest` is 1 - beta2, subtracted in double: in float32 that of 0.999 is wrong by 1e-5 of itself.
 template <class M>
 FA_HD M new_moment(M old, M value, M beta2, M rest) {
-  return beta2 * old + rest * value;
+  return fused(rest, value, beta2 * old);
 }
 
 // A bfloat16 as the upper half of a float32.
