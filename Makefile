@@ -6,12 +6,15 @@ ARGS ?=#           passed on by test, demo, bench and micro: make test ARGS="-k 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DECLARED := pyproject.toml setup.py constraints.txt
+NATIVE := $(wildcard csrc/include/*/*.h csrc/cpu/*)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2
+ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_shapes.py tests/kernels/test_bits.py tests/parity/test_shapes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint type arch fmt test demo bench micro ci clean
+.PHONY: help setup build lint type arch fmt test test-asan demo bench micro ci clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.stamp-dev ## make .venv with everything for development (again: a moment)
 
@@ -34,6 +37,16 @@ fmt: .venv/.stamp-dev ## reformat, and apply ruff's safe fixes
 
 test: .venv/.stamp-dev ## run all the tests, on all cores (ARGS="-n 0" for one process, say with --pdb)
 	FUSED_ADAFACTOR_REQUIRE_PEERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# A build of its own, which leaves the one that is installed alone. Python and torch are not built with the sanitizer,
+# so its library is loaded before them; what they never free is not looked for.
+test-asan: .venv/.stamp-dev ## run the kernels' tests with AddressSanitizer and UBSan in the C++ library
+	FUSED_ADAFACTOR_BUILD=1 FUSED_ADAFACTOR_CXXFLAGS="$(SANITIZE)" \
+	    $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	    FUSED_ADAFACTOR_LIBRARY=$(CURDIR)/build/asan/fused_adafactor/libfused_adafactor.so \
+	    $(BIN)/python -m pytest -n auto --dist worksteal $(ASAN_TESTS) $(ARGS)
 
 demo: .venv/.stamp-run ## see it work (installs torch, the package and matplotlib only)
 	$(BIN)/python -m fused_adafactor demo $(ARGS)
@@ -58,7 +71,7 @@ clean: ## remove .venv and everything that was built or drawn
 	    || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.stamp-run: $(DECLARED) | .venv/bin/python
+.venv/.stamp-run: $(DECLARED) $(NATIVE) | .venv/bin/python
 	$(PIP) -e '.[plot]'
 	@touch $@
 

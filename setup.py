@@ -4,10 +4,13 @@ The library has a plain C interface: no header of torch or Python goes into it, 
 ordinary isolated environment, and one wheel serves every Python and every torch.
 Without a compiler the package installs without it, and `python -m fused_adafactor info` says so.
 FUSED_ADAFACTOR_BUILD=1 makes a failing build an error, =0 leaves the library out.
+FUSED_ADAFACTOR_CXXFLAGS are added to the compiler's flags and to the linker's: `make test-asan`
+puts its sanitizers there.
 """
 
 import os
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -61,6 +64,7 @@ class BuildNative(build_ext):
     def compile(self, library: Path) -> None:
         """Run the compiler once for each instruction set, and link."""
         compiler = os.environ.get("CXX", "c++")
+        extra = shlex.split(os.environ.get("FUSED_ADAFACTOR_CXXFLAGS", ""))
         objects = Path(self.build_temp)
         for folder in (objects, library.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,8 @@ class BuildNative(build_ext):
         }
         sources[str(objects / "step.o")] = [str(CPU / "step.cpp")]
         commands = [
-            [compiler, *FLAGS, *x86, "-c", *source, "-o", made] for made, source in sources.items()
+            [compiler, *FLAGS, *x86, *extra, "-c", *source, "-o", made]
+            for made, source in sources.items()
         ]
         # Side by side: they are most of the time that an installation takes.
         running = [subprocess.Popen(command) for command in commands]
@@ -84,7 +89,8 @@ class BuildNative(build_ext):
                 raise subprocess.CalledProcessError(process.returncode, command)
         # Moved into place whole: a process that has the old one loaded keeps it.
         fresh = library.with_suffix(".new")
-        subprocess.run([compiler, "-shared", "-fopenmp", *sources, "-o", str(fresh)], check=True)
+        link = [compiler, "-shared", "-fopenmp", *extra, *sources, "-o", str(fresh)]
+        subprocess.run(link, check=True)
         fresh.replace(library)
 
 

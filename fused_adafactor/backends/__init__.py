@@ -61,7 +61,7 @@ class Backend(Protocol):
 class _Native(Protocol):
     """What a backend offers besides that has to be built."""
 
-    ISA_ENVIRONMENT: str
+    ENVIRONMENTS: tuple[str, ...]  # variables that say which build or instruction set to use
 
     def missing(self) -> str | None:
         """Why it cannot run, or None."""
@@ -101,8 +101,8 @@ def choose(request: str, device: torch.device) -> Facts:
         device: Where the tensors are.
 
     Raises:
-        RuntimeError: The named backend cannot run, or an instruction set was asked for by its
-            environment variable and cannot be had.
+        RuntimeError: The named backend cannot run, or native code was asked for by one of its
+            environment variables and cannot be had.
     """
     reasons = availability()
     if device.type != "cpu" and reasons["cpp"] is None:
@@ -122,11 +122,9 @@ def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
     """The fastest backend that can run, else the reference with the reasons why it is not."""
     if reasons["cpp"] is None:
         return Facts("cpp", two_sweep=True, why=f"auto on {device.type}: {_native().describe()}")
-    if _native().ISA_ENVIRONMENT in os.environ and device.type == "cpu":
-        # Somebody has asked for it, by the instructions it is to use.
-        raise RuntimeError(
-            f"{_native().ISA_ENVIRONMENT} asks for the C++ backend, but {reasons['cpp']}"
-        )
+    wishes = [name for name in _native().ENVIRONMENTS if os.environ.get(name)]
+    if wishes and device.type == "cpu":
+        raise RuntimeError(f"{wishes[0]} asks for the C++ backend, but {reasons['cpp']}")
     others = "; ".join(reason for reason in reasons.values() if reason is not None)
     return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")
 

@@ -32,6 +32,8 @@ from fused_adafactor.spec import TensorSpec
 
 ABI_VERSION = 3
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
+LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
+ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
@@ -95,11 +97,11 @@ def library() -> ctypes.CDLL:
         RuntimeError: It was built for another version of this package.
         ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
     """
-    native = ctypes.CDLL(str(_LIBRARY))
+    native = ctypes.CDLL(str(_library_path()))
     found = native.fused_adafactor_abi_version()
     if found != ABI_VERSION:
         raise RuntimeError(
-            f"{_LIBRARY.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
+            f"{_library_path().name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
         )
     native.fused_adafactor_run.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64),  # items
@@ -119,9 +121,16 @@ def library() -> ctypes.CDLL:
     return native
 
 
+def _library_path() -> Path:
+    return Path(os.environ.get(LIBRARY_ENVIRONMENT) or _LIBRARY)
+
+
 def missing() -> str | None:
     """Why this backend cannot run, or None."""
-    if not _LIBRARY.exists():
+    path = _library_path()
+    if not path.exists():
+        if path != _LIBRARY:
+            return f"{LIBRARY_ENVIRONMENT} is {path}, which is not there"
         return "the native library was not built (no C++ compiler when the package was installed)"
     try:
         library()
@@ -133,7 +142,7 @@ def missing() -> str | None:
 def facts() -> dict[str, str | int]:
     """The library, the instruction set that it uses, and the threads that a step takes."""
     return {
-        "library": _LIBRARY.name,
+        "library": _library_path().name,
         "isa": ISAS[library().fused_adafactor_isa()],
         "threads": torch.get_num_threads(),
     }

@@ -441,7 +441,8 @@ def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
 @pytest.mark.parametrize("reason", [None, "the native library was not built"])
 def test_auto_takes_native_code_where_there_is_any_and_says_why(reason, monkeypatch):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
-    monkeypatch.delenv(cpp.ISA_ENVIRONMENT, raising=False)
+    for name in cpp.ENVIRONMENTS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cpp, "missing", lambda: reason)
     monkeypatch.setattr(cpp, "describe", lambda: "libfused_adafactor.so, avx2")
     told = build(TORCH).explain().splitlines()[-1]
@@ -454,10 +455,11 @@ def test_auto_takes_native_code_where_there_is_any_and_says_why(reason, monkeypa
     assert (reason or "the C++ backend steps CPU tensors, these are on cuda") in elsewhere.why
 
 
-def test_an_instruction_set_that_was_asked_for_is_used_or_refused(monkeypatch):
+@pytest.mark.parametrize("name", cpp.ENVIRONMENTS)
+def test_native_code_that_was_asked_for_is_used_or_refused(name, monkeypatch):
     """Never replaced by the reference in silence."""
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
-    monkeypatch.setenv(cpp.ISA_ENVIRONMENT, "avx9")
+    monkeypatch.setenv(name, "avx9")
     monkeypatch.setattr(cpp, "missing", lambda: "there is no avx9")
     optimizer = build(TORCH)
     set_grads(optimizer, 0, torch.float32)

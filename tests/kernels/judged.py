@@ -1,4 +1,4 @@
-"""Steps of the C++ backend, each compared with the reference in float64 from the very same start."""
+"""Steps of the C++ backend, each compared with the reference in float64 from the same start."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def unit(dtype: torch.dtype) -> float:
 def growth(shape: Sequence[int]) -> float:
     """By how many units an update may differ, relatively: every element of it, large or small.
 
-    Sums of k squares in some order, all of one sign, are off by 4 sqrt(k) units: rounding errors
-    are as good as independent, so by Higham and Mary (SIAM J. Sci. Comput. 41, 2019) a sum that is
-    off by more than that is one in thousands, and the worst case, k units, does not happen. A second
-    moment takes such sums of at most max(rows, columns) elements in a row; 1 / sqrt(v) halves the
-    errors of three of them (row, column, norm), and Σ u² has those of v and one more of its own, of
-    which the root halves all: 3/2 + 3/2 + 1/2 of 4 sqrt(k). What is no sum, from the raw gradient to
-    the step, is fewer than 32 roundings.
+    A sum of k squares, in whatever order, is off by 4 sqrt(k) units: its rounding errors are as
+    good as independent, so that more than that is one sum in thousands, and the worst case, k
+    units, does not happen (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). A second moment takes
+    such sums of at most max(rows, columns) elements one after the other. 1 / sqrt(v) halves the
+    errors of three of them (row, column, norm); Σ u² has those of v and one of its own, and its
+    root halves them: together 3/2 + 3/2 + 1/2 of 4 sqrt(k). What is no sum, from the raw gradient
+    to the step, is fewer than 32 roundings.
     """
     return 32 + 14 * math.sqrt(max(shape, default=1))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis
@@ -70,8 +72,13 @@ def judged(rule: str, params: list[Tensor], **extras: Any) -> Judged:
     return pair
 
 
-def draw(shapes: list[tuple[int, ...]], step: int, dtype: torch.dtype) -> list[Tensor]:
+def draw(shapes: Sequence[tuple[int, ...]], step: int, dtype: torch.dtype) -> list[Tensor]:
     """Gradients with rows, columns and slices of several scales, and some of nothing but zeros."""
+    return [g.clone() for g in _drawn(tuple(shapes), step, dtype)]
+
+
+@functools.lru_cache(maxsize=32)
+def _drawn(shapes: tuple[tuple[int, ...], ...], step: int, dtype: torch.dtype) -> list[Tensor]:
     grads = []
     for index, shape in enumerate(shapes):
         generator = torch.Generator().manual_seed(97 * step + index)

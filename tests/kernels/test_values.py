@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -178,6 +179,7 @@ def test_the_clamp_wherever_it_reaches(
     eps = eps_of(dtype, smallest)
     for size in (1e-3, 0.1, 1.0, 10.0, 1e4):
         pair = Judged(TORCH, params_in(shapes, dtype), **eps)
+        slack = functools.partial(conditioning, pair, eps1=smallest)
         for step in range(2):
             generator = torch.Generator().manual_seed(step)
             grads = []
@@ -188,7 +190,7 @@ def test_the_clamp_wherever_it_reaches(
                     sizes[dim] = shape[dim]
                     g *= 10 ** (spread * (torch.rand(sizes, dtype=F64, generator=generator) - 0.5))
                 grads.append((g * size * smallest).clamp(-6e4, 6e4).to(dtype))  # float16's range
-            pair.step(grads, slack=lambda q: conditioning(pair, q, smallest))
+            pair.step(grads, slack=slack)
 
 
 # --- clipping by a norm --------------------------------------------------------------------------
