@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_adafactor.backends import cpp
 from fused_adafactor.dialects.hf import Adafactor as HfAdafactor
 from tests import stepping
 from tests.dialects import DIALECTS, VARIANTS, Dialect
-
-pytestmark = pytest.mark.skipif(
-    cpp.missing() is not None, reason=f"needs the native library: {cpp.missing()}"
-)
 
 # Vectors, tiny and stacked matrices, one past a chunk, several slabs, wider than 16,384.
 SHAPES = ((7,), (), (0, 4), (6, 5), (1, 9), (9, 1), (4, 6, 3, 2), (17, 513), (2, 16385), (700, 300))
@@ -103,3 +101,50 @@ def test_autograd_sees_that_the_parameter_changed() -> None:
     stepping.take_steps(HfAdafactor([param], backend="cpp"), 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class Wrapper(Tensor):
+    """A tensor that only wraps another one, as quantized ones do: there is no memory behind it."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        raise NotImplementedError(function)
+
+
+def no_memory() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(3, 4)
+
+
+def freed() -> Tensor:
+    tensor = torch.ones(3, 4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("make", [no_memory, freed, lambda: Wrapper(torch.ones(3, 4))])
+def test_what_has_no_memory_is_refused_before_anything_is_stepped(make: Any, steps: int) -> None:
+    """Never read: that would be a segmentation fault."""
+    params = stepping.make_params(((7,), (3, 4)))
+    optimizer = HfAdafactor(params, backend="cpp")
+    stepping.take_steps(optimizer, steps)
+    before = [p.detach().clone() for p in params]
+    params[0].grad = torch.ones(7)
+    params[1].grad = make()
+    with pytest.raises(RuntimeError, match="memory"):
+        optimizer.step()
+    assert all(map(stepping.same_bits, params, before))
+    assert [float(s["step"]) for s in optimizer.state.values()] in ([], [steps, steps])
+
+
+def test_a_parameter_that_is_negated_when_it_is_read_is_refused() -> None:
+    param = torch.randn(3, 4, dtype=torch.complex64).conj().imag.requires_grad_()
+    assert param.is_neg()
+    param.grad = torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="resolve_neg"):
+        HfAdafactor([param], backend="cpp").step()
