@@ -13,7 +13,7 @@ from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, ro
 from tests import stepping
 from tests.dialects import HF, KERAS, OPTAX, Dialect
 from tests.kernels.judged import BF16, F16, F32, params_in
-from tests.kernels.test_shapes import RULES, draw
+from tests.kernels.test_biting_shapes import RULES, draw
 from tests.stepping import params_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa")
