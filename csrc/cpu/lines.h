@@ -1,0 +1,242 @@
+// One read of lines: their sums of squares, those across them, and those of the parameter. Part of kernels.cpp.
+
+#ifndef FUSED_ADAFACTOR_CPU_LINES_H
+#define FUSED_ADAFACTOR_CPU_LINES_H
+
+#include "plain.h"
+#include "update.h"
+
+namespace fused_adafactor {
+namespace FA_ISA {
+namespace {
+
+// Whether gradient and parameter can be read where they are, with nothing to do but to scale g.
+inline bool reads_plainly(const Tensor& t, const Rule& r) {
+  const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
+                            (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
+  const bool plain_lines = t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+  const bool one_run = t.ndim == 1 && t.strides[0] == 1 && t.state_strides[0] == 1;
+  return t.math_dtype == kFloat32 && plain_dtypes && t.accumulator == nullptr && r.clip_value < 0 &&
+         r.momentum != kMomentumGrad && t.form != kTiny &&
+         (t.form == kUnfactored ? one_run && t.moment_dtype == kFloat32 && !r.amsgrad : plain_lines);
+}
+
+// Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that reads_plainly.
+template <class F>
+auto by_dtypes(const Tensor& t, F f) {
+  float* p = static_cast<float*>(t.param);
+  uint16_t* half_p = static_cast<uint16_t*>(t.param);
+  const float* g = static_cast<const float*>(t.grad);
+  const uint16_t* half_g = static_cast<const uint16_t*>(t.grad);
+  if (t.param_dtype == kFloat32) return t.grad_dtype == kFloat32 ? f(p, g) : f(p, half_g);
+  return t.grad_dtype == kFloat32 ? f(half_p, g) : f(half_p, half_g);
+}
+
+inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
+
+inline VectorRule vector_rule(const Tensor& t, const Rule& r) {
+  const float added = r.eps1_rule == kEps1Add ? float(r.eps1) : 0.0f;
+  return {scale_of_grad(t), float(r.beta2), float(1.0 - r.beta2), added, most_root<float>(r)};
+}
+
+// Elements of a slab of a tensor that is one run.
+inline Lines elements_of(const Tensor& t, Lines lines) {
+  return {lines.begin * t.cols, least(lines.end * t.cols, t.numel)};
+}
+
+// Of some elements of an unfactored tensor that reads_plainly.
+inline void sum_plain_vector(const Tensor& t, const Rule& r, Lines elements, double* sums) {
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    const int64_t begin = elements.begin, n = elements.end - begin;
+    const float* var = static_cast<const float*>(t.var) + begin;
+    t.measures_param_rms ? sum_vector<true>(param + begin, grad + begin, var, vector_rule(t, r), n, sums)
+                         : sum_vector<false>(param + begin, grad + begin, var, vector_rule(t, r), n, sums);
+  });
+}
+
+// New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
+template <class M>
+void new_moments(const Tensor& t, const Rule& r, const void* var, int64_t first, int64_t count, int64_t reduced, M* sums) {
+  const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
+  const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
+  for (int64_t i = 0; i < count; i += kChunk) {
+    M old[kChunk];
+    const int64_t n = least(kChunk, count - i);
+    convert_from(old, var, t.moment_dtype, first + i, 1, n);
+    for (int64_t j = 0; j < n; ++j) sums[i + j] = beta2 * old[j] + rest * ((sums[i + j] + added) * by);
+    if (t.moment_dtype == DtypeOf<M>::value) continue;
+    for (int64_t j = 0; j < n; ++j) sums[i + j] = stored(sums[i + j], t.moment_dtype);
+  }
+}
+
+// What Σ u² is weighted with; 0 for a line that has never seen anything but zeros.
+template <class M>
+M inverse_of(M line) {
+  return line > M(0) ? M(1) / line : M(0);
+}
+
+// Where the sums of some lines of a matrix go.
+template <class M>
+struct LineSums {
+  M* line;             // of the first of these lines: new second moments, or Σ g² where `raw`
+  M* across;           // [cols]
+  M* weighted;         // [cols]
+  bool raw;            // gradients are clipped by a norm that is not known yet
+  bool with_param;
+  double grad_sq, param_sq;
+};
+
+// The sums of g² of some lines become their second moments, unless it is too early for that; returns them inverted.
+template <class M>
+void set_lines(const Tensor& t, const Rule& r, const LineSums<M>& s, int64_t line, int64_t count, M* sums, M* inverse) {
+  if (!s.raw) new_moments(t, r, t.line_var, line, count, t.cols, sums);
+  for (int64_t l = 0; l < count; ++l) inverse[l] = inverse_of(sums[l]);
+}
+
+// Where a line begins, asking ahead in the one before it was of no use.
+template <int L, class T>
+void ask_for_heads(const T* const* lines) {
+  for (int l = 0; l < L; ++l) {
+    for (int64_t i = 0; i < kAheadOfBlock; i += 64) ask_for(lines[l], i);
+  }
+}
+
+template <int L, bool WithParam, class P, class G>
+void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t line, LineSums<float>& s,
+                     float* of_line) {
+  const G* g[L];
+  const P* p[L];
+  const G* next[L];
+  float inverse[L];
+  for (int l = 0; l < L; ++l) {
+    const int64_t offset = offset_of(t, t.strides, (line + l) * t.cols);
+    g[l] = grad + offset;
+    p[l] = param + offset;
+  }
+  const float scale = scale_of_grad(t);
+  if (WithParam) ask_for_heads<L>(p);
+  square_lines<L>(g, scale, t.cols, of_line);
+  for (int l = 0; l < L; ++l) s.grad_sq += double(of_line[l]);
+  set_lines(t, r, s, line, L, of_line, inverse);
+  for (int l = 0; l < L; ++l) next[l] = g[l] + L * t.cols;
+  ask_for_heads<L>(next);
+  s.param_sq += add_lines<L, WithParam>(g, p, inverse, scale, t.cols, s.across, s.weighted);
+}
+
+template <bool WithParam, class P, class G>
+void add_plain_lines(const Tensor& t, const Rule& r, P* param, const G* grad, Lines lines, LineSums<float>& s) {
+  const int64_t together = block_lines(t);
+  int64_t line = lines.begin;
+  for (; together == kBlockLines && line + kBlockLines <= lines.end; line += kBlockLines) {
+    add_plain_block<kBlockLines, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+  }
+  for (; together >= 2 && line + 2 <= lines.end; line += 2) {
+    add_plain_block<2, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+  }
+  for (; line < lines.end; ++line) {
+    add_plain_block<1, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+  }
+}
+
+// Any rule and layout: lines are converted, chunk by chunk, into a block.
+template <class M>
+void add_converted_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
+  Chunk<M> c(buffers);
+  M* grad = static_cast<M*>(buffers.lines);
+  M* num = grad + t.cols;
+  const bool averaged = r.momentum == kMomentumGrad;
+  for (int64_t line = lines.begin; line < lines.end; ++line) {
+    double sum = 0;
+    for (int64_t j = 0; j < t.cols; j += kChunk) {
+      const int64_t k = line * t.cols + j, n = least(kChunk, t.cols - j);
+      const M* g = read_grad(t, r, k, n, grad + j, c.buffer[1], &s.grad_sq);
+      if (g != grad + j) memcpy(grad + j, g, n * sizeof(M));
+      sum += double(sum_of_squares(g, n));
+      if (averaged) numerator(t, r, g, k, n, num + j, c.buffer[2], c.buffer[5]);
+      if (s.with_param) {
+        s.param_sq += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[3]), n));
+      }
+    }
+    if (r.clip_value < 0) s.grad_sq += sum;
+    M* of_line = s.line + (line - lines.begin);
+    *of_line = M(sum);
+    M inverse;
+    set_lines(t, r, s, line, 1, of_line, &inverse);
+    const M* x = averaged ? num : grad;
+    for (int64_t j = 0; j < t.cols; ++j) {
+      s.across[j] += grad[j] * grad[j];
+      s.weighted[j] += x[j] * x[j] * inverse;
+    }
+  }
+}
+
+// Short lines, side by side.
+template <class M>
+void add_narrow_lines(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
+  Chunk<M> c(buffers);
+  const bool averaged = r.momentum == kMomentumGrad;
+  const int64_t together = kChunk / t.cols / kLanes * kLanes;
+  M grad[kLanesOfChunk], num[kLanesOfChunk], sum[kChunk], inverse[kChunk];
+  for (int64_t line = lines.begin; line < lines.end; line += together) {
+    const int64_t lanes = least(together, lines.end - line), k = line * t.cols, n = lanes * t.cols;
+    const int64_t stride = stride_of(lanes);
+    const M* g = read_grad(t, r, k, n, c.buffer[0], c.buffer[1], &s.grad_sq);
+    if (r.clip_value < 0) s.grad_sq += double(sum_of_squares(g, n));
+    to_lanes(g, t.cols, lanes, t.numel - k, grad);
+    if (averaged) {
+      to_lanes(numerator(t, r, g, k, n, c.buffer[1], c.buffer[2], c.buffer[5]), t.cols, lanes, n, num);
+    }
+    if (s.with_param) {
+      s.param_sq += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[3]), n));
+    }
+    for (int64_t l = 0; l < stride; l += lanes_of<M>) {
+      Vector<M> total{};
+      for (int64_t j = 0; j < t.cols; ++j) {
+        const Vector<M> x = load(grad + j * stride + l);
+        total += x * x;
+      }
+      store(sum + l, total);
+    }
+    set_lines(t, r, s, line, lanes, sum, inverse);
+    for (int64_t l = lanes; l < stride; ++l) inverse[l] = M(0);
+    memcpy(s.line + (line - lines.begin), sum, lanes * sizeof(M));
+    const M* x = averaged ? num : grad;
+    for (int64_t j = 0; j < t.cols; ++j) {
+      Vector<M> a{}, w{};
+      for (int64_t l = j * stride; l < (j + 1) * stride; l += lanes_of<M>) {
+        const Vector<M> g_here = load(grad + l), x_here = load(x + l);
+        a += g_here * g_here;
+        w += x_here * x_here * load(inverse + (l - j * stride));
+      }
+      s.across[j] += sum_of(a);
+      s.weighted[j] += sum_of(w);
+    }
+  }
+}
+
+// One read of the gradient's lines, and of the parameter's where RMS(p) is wanted.
+template <class M>
+void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers) {
+  zero(s.across, t.cols);
+  zero(s.weighted, t.cols);
+  if (t.cols <= kNarrow && lines.end - lines.begin > 1) {
+    add_narrow_lines(t, r, lines, s, buffers);
+    return;
+  }
+  if constexpr (sizeof(M) == sizeof(float)) {
+    if (reads_plainly(t, r)) {
+      by_dtypes(t, [&](auto* param, auto* grad) {
+        s.with_param ? add_plain_lines<true>(t, r, param, grad, lines, s)
+                     : add_plain_lines<false>(t, r, param, grad, lines, s);
+      });
+      return;
+    }
+  }
+  add_converted_lines(t, r, lines, s, buffers);
+}
+
+}  // namespace
+}  // namespace FA_ISA
+}  // namespace fused_adafactor
+
+#endif  // FUSED_ADAFACTOR_CPU_LINES_H

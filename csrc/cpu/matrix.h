@@ -1,0 +1,186 @@
+// What the sums of a matrix say: its factors, how far the clamp reaches, and Σ u². Part of kernels.cpp.
+
+#ifndef FUSED_ADAFACTOR_CPU_MATRIX_H
+#define FUSED_ADAFACTOR_CPU_MATRIX_H
+
+#include <float.h>
+
+#include "lines.h"
+
+namespace fused_adafactor {
+namespace FA_ISA {
+namespace {
+
+// The smallest and the largest of those numbers that are above 0.
+template <class M>
+struct Range {
+  M smallest = M(INFINITY), largest = M(0);
+
+  Range(const M* x, int64_t n) {
+    Vector<M> low = Vector<M>{} + smallest, high{};
+    int64_t i = 0;
+    for (; i + lanes_of<M> <= n; i += lanes_of<M>) {
+      const Vector<M> here = load(x + i);
+      low = (here > M(0)) & (here < low) ? here : low;
+      high = here > high ? here : high;
+    }
+    for (int64_t l = 0; l < lanes_of<M>; ++l) add(low[l]), add(high[l]);
+    for (; i < n; ++i) add(x[i]);
+  }
+
+ private:
+  void add(M value) {
+    if (value > M(0) && value < smallest) smallest = value;
+    if (value > largest) largest = value;
+  }
+};
+
+// How far the clamp reaches, from the smallest and the largest second moments. A line of zeros is never clamped.
+// Every line is measured, as if it were clamped, where the identity cannot be trusted.
+template <class M>
+Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
+  const Range<M> line(m.line, t.rows), cross(m.cross, t.cols);
+  const M most = most_root<M>(r), norm = *m.norm;
+  if (!is_finite(norm)) return Clamp::kEveryLine;  // no bounds hold, and NaN must reach RMS(u)
+  const M smallest_line = M(1) / std::sqrt(line.largest / norm), largest_line = M(1) / std::sqrt(line.smallest / norm);
+  const M smallest_factor = M(1) / std::sqrt(cross.largest), largest_factor = M(1) / std::sqrt(cross.smallest);
+  *m.largest = largest_factor;
+  if (r.eps1_rule != kEps1Clamp) {
+    // Where a root is so large, g² can be lost below all range while u² is above 1e-4 of what is usual.
+    const M lossless = std::sqrt(M(1e-4) / M(sizeof(M) == sizeof(float) ? FLT_MIN : DBL_MIN));
+    return largest_line * largest_factor > lossless ? Clamp::kEveryLine : Clamp::kNowhere;
+  }
+  if (!is_finite(largest_line)) return Clamp::kEveryLine;  // what the identity has counted for it cannot be told
+  if (largest_line * largest_factor <= most) return Clamp::kNowhere;
+  if (smallest_line * smallest_factor >= most) return Clamp::kEverywhere;
+  return smallest_line * largest_factor > most ? Clamp::kEveryLine : Clamp::kSomeLines;
+}
+
+// The factors of a matrix, from its line and cross sums; returns what these say of its Σ u². The rest of it, see
+// is_measured, takes another look at the gradient.
+template <class M>
+double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
+  const int64_t first = m.first / t.rows * t.cols;
+  const M square = M(t.grad_factor) * M(t.grad_factor);
+  const bool raw = r.norm_clipped && t.form == kFactored;
+  if (raw) {
+    for (int64_t l = 0; l < t.rows; ++l) m.line[l] *= square;
+    for (int64_t j = 0; j < t.cols; ++j) m.cross[j] *= square;
+    new_moments(t, r, t.line_var, m.first, t.rows, t.cols, m.line);
+  }
+  const double grad_sq = total_of(m.cross, t.cols);
+  new_moments(t, r, t.cross_var, first, t.cols, t.rows, m.cross);
+  const M* row = t.swapped ? m.cross : m.line;
+  const int64_t rows = t.swapped ? t.cols : t.rows;
+  const double total = total_of(row, rows);
+  M norm = M(r.sums ? total : total / double(rows));
+  if (r.eps1_rule == kEps1Clamp && norm < M(r.eps1)) norm = M(r.eps1);
+  *m.norm = norm;
+  for (int64_t j = 0; j < t.cols; ++j) m.factor[j] = m.cross[j] > M(0) ? m.factor[j] / m.cross[j] : M(0);
+  const double share = total_of(m.factor, t.cols);
+  memcpy(m.factor, m.cross, t.cols * sizeof(M));
+  inverse_roots(m.factor, t.cols);
+  *m.clamp = clamp_of(t, r, m);
+  if (r.amsgrad || raw) {
+    *m.clamp = Clamp::kEveryLine;  // the identity does not hold, or was taken before its time
+  } else if (*m.clamp == Clamp::kEverywhere && r.momentum == kMomentumGrad) {
+    *m.clamp = Clamp::kEveryLine;  // Σ num² is not known
+  }
+  const double known = share * double(norm);
+  if (*m.clamp == Clamp::kNowhere && !is_finite(known)) *m.clamp = Clamp::kEveryLine;
+  if (*m.clamp == Clamp::kSomeLines) {
+    // What has been counted without the clamp is taken off again. Its rounding stays: it must be small beside d².
+    const double d = r.clip_threshold, trusted = 16.0 * double(t.rows) * double(t.cols) * d * d;
+    if (!(known <= trusted)) *m.clamp = Clamp::kEveryLine;
+  }
+  const double most = double(most_root<M>(r));
+  switch (*m.clamp) {
+    case Clamp::kEveryLine:
+      return 0;
+    case Clamp::kEverywhere:
+      return grad_sq * most * most;
+    default:
+      return known;
+  }
+}
+
+// Whether Σ u² of a line has to be measured.
+template <class M>
+bool is_measured(const Rule& r, const Matrix<M>& m, int64_t line) {
+  if (*m.clamp == Clamp::kEveryLine) return true;
+  return *m.clamp == Clamp::kSomeLines && m.line[line - m.first] > M(0) &&
+         m.line_factor(line) * *m.largest > most_root<M>(r);
+}
+
+// Σ u² of those lines that have to be measured, less what the identity has counted for them.
+template <class M>
+double measure_lines(const Tensor& t, const Rule& r, const Matrix<M>& m, Lines lines, ThreadBuffers& buffers) {
+  if (!t.measures || *m.clamp == Clamp::kNowhere || *m.clamp == Clamp::kEverywhere) return 0;
+  const bool corrects = *m.clamp == Clamp::kSomeLines;
+  double sum = 0;
+  if constexpr (sizeof(M) == sizeof(float)) {
+    if (reads_plainly(t, r) && !r.amsgrad) {
+      by_dtypes(t, [&](auto*, auto* grad) {
+        for (int64_t line = lines.begin; line < lines.end; ++line) {
+          if (!is_measured(r, m, line)) continue;
+          const int64_t offset = offset_of(t, t.strides, line * t.cols);
+          sum += measure_line(grad + offset, m.factor, m.line_factor(line), most_root<float>(r), scale_of_grad(t),
+                              t.cols, corrects);
+        }
+      });
+      return sum;
+    }
+  }
+  Chunk<M> c(buffers);
+  for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+    const Update<M> u = update_of(t, r, &m, line, column, n, c, false);
+    if (!corrects) {
+      sum += double(sum_of_squares(u.value, n));
+      return;
+    }
+    const int64_t length = least(n, t.cols);
+    M* without_clamp = c.buffer[8];
+    factored_roots(t, m, line, column, n, without_clamp);
+    for (int64_t i = 0; i < n; i += length, ++line) {
+      if (!is_measured(r, m, line)) continue;
+      sum += double(sum_of_squares(u.value + i, length));
+      for (int64_t j = i; j < i + length; ++j) {
+        // The identity has left out all-zero columns.
+        without_clamp[j] = is_finite(without_clamp[j]) ? u.num[j] * without_clamp[j] : M(0);
+      }
+      sum -= double(sum_of_squares(without_clamp + i, length));
+    }
+  });
+  return sum;
+}
+
+// Sums and factors of a small matrix, from its gradient; returns its Σ u² where that is wanted and not too early.
+template <class M>
+double small_matrix(const Tensor& t, const Rule& r, Matrix<M>& m, LineSums<M>& s, ThreadBuffers& buffers,
+                    bool measures) {
+  const Lines lines{m.first, m.first + t.rows};
+  s.line = m.line;
+  s.across = m.cross;
+  s.weighted = m.factor;
+  add_lines_of(t, r, lines, s, buffers);
+  if (s.raw) return 0;
+  const double known = finalize_matrix(t, r, m);
+  return measures ? known + measure_lines(t, r, m, lines, buffers) : 0;
+}
+
+// Calls f(matrix, its Σ u²) for every small matrix of a slab; adds to the sums.
+template <class M, class F>
+void for_each_small(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, ThreadBuffers& buffers, bool measures,
+                    F f) {
+  for (int64_t first = lines.begin; first < lines.end; first += t.rows) {
+    Matrix<M> m(t, first / t.rows, static_cast<char*>(buffers.matrix));
+    const double update_sq = small_matrix(t, r, m, s, buffers, measures);
+    f(m, update_sq);
+  }
+}
+
+}  // namespace
+}  // namespace FA_ISA
+}  // namespace fused_adafactor
+
+#endif  // FUSED_ADAFACTOR_CPU_MATRIX_H
