@@ -17,6 +17,7 @@ from fused_adafactor.plan import Activity, PlannedTensor
 from fused_adafactor.rounding import Rounding, RoundingKey
 from fused_adafactor.rule import Rule, Scalars
 from fused_adafactor.schedule import Number
+from fused_adafactor.spec import TensorSpec
 
 
 @dataclass(kw_only=True, eq=False)
@@ -125,3 +126,50 @@ class Exchange:
     param_rms: Tensor | None = None
     wants_param_rms: bool = False
     scratch: Any = None
+
+
+def memory_of(b: Binding, swapped: bool) -> dict[str, Tensor]:
+    """State that a native backend is given pointers to, by the names that kernels know it by.
+
+    A pointer is trusted blindly, so what it points to must be laid out as its spec says.
+
+    Args:
+        b: The tensor.
+        swapped: Whether its lines are the columns of the matrix view.
+
+    Raises:
+        ValueError: An entry has another dtype or other strides.
+    """
+    spec, rule = b.planned.spec, b.rule
+    moment = rule.moment_dtype(spec.param_dtype)
+    line, cross = (b.col_var, b.row_var) if swapped else (b.row_var, b.col_var)
+    entries = (
+        ("line_var", line, moment),
+        ("cross_var", cross, moment),
+        ("var", b.var, moment),
+        ("var_max", b.var_max, moment),
+        ("exp_avg", b.exp_avg, rule.momentum_dtype(spec.param_dtype)),
+        ("compensation", b.compensation, spec.param_dtype),
+        ("average", b.average, spec.math_dtype),
+        ("accumulator", b.accumulator, spec.math_dtype),
+    )
+    for name, tensor, dtype in entries:
+        if tensor is not None:
+            _check_memory(spec, name, tensor, dtype)
+    return {name: tensor for name, tensor, _ in entries if tensor is not None}
+
+
+def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    full = tensor.shape == spec.shape and name not in ("line_var", "cross_var")
+    wanted = spec.state_strides if full else torch.empty(tensor.shape, device="meta").stride()
+    strides = tuple(s for s, n in zip(wanted, tensor.shape, strict=True) if n > 1)
+    if tensor.dtype != dtype or _strides(tensor) != strides:
+        raise ValueError(
+            f"state {name} of {spec.id} has dtype {tensor.dtype} and strides {tensor.stride()}; "
+            f"expected {dtype} and {wanted}. load_state_dict lays state out as it must be"
+        )
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides where they matter."""
+    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)

@@ -14,23 +14,52 @@ from enum import IntEnum
 from fused_adafactor.plan import Phase
 from fused_adafactor.spec import TensorSpec
 
-# Of a slab: enough elements to be worth a ticket, and enough lines that the sums across them, two
-# numbers for each column of a slab, stay under 2 % of a bfloat16 parameter.
-SLAB_ELEMENTS = 131_072
-SLAB_LINES = 256
-# A line of a tensor that has none of its own.
-FREE_LINE = 16_384
-# A tensor up to this size is one item, and a matrix in a stack need not keep its sums between the
-# sweeps: gradient and parameter stay in a core's cache.
-CACHED_ELEMENTS = 131_072
-# Columns whose sums are added up over the slabs at a time; ``kMergeColumns`` of ``abi.h``.
-MERGE_COLUMNS = 2048
 # A matrix up to this size is tiny; ``kMaxTiny`` in the kernels.
 TINY_ELEMENTS = 64
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How large a backend wants the pieces; the same for every machine that it runs on.
+
+    Attributes:
+        slab_elements: Of a slab, about: enough to be worth a ticket.
+        slab_lines: Of a slab of a matrix, at least: the sums across them, two numbers for each
+            column of each slab, must stay small beside the tensor.
+        most_slabs: Of a matrix, about.
+        free_line: Length of a line where a tensor has none of its own.
+        whole_elements: A tensor up to this size is stepped in one go, by one thread or program.
+        small_elements: A matrix in a stack, up to this size, does not keep its sums between the
+            sweeps: gradient and parameter stay in a core's cache.
+        merge_columns: Columns whose sums are added up over the slabs at a time.
+        aligned_lines: Lines of tiny matrices hold a multiple of so many elements.
+    """
+
+    slab_elements: int
+    slab_lines: int
+    most_slabs: int
+    free_line: int
+    whole_elements: int
+    small_elements: int
+    merge_columns: int
+    aligned_lines: int = 1
+
+
+# A core's L2 cache holds the gradient and the parameter of a slab. With so many lines the sums stay
+# under 2 % of a bfloat16 parameter. ``kMergeColumns`` of ``abi.h``.
+CPU_CUT = Cut(
+    slab_elements=131_072,
+    slab_lines=256,
+    most_slabs=2**62,
+    free_line=16_384,
+    whole_elements=131_072,
+    small_elements=131_072,
+    merge_columns=2048,
+)
+
+
 class ItemKind(IntEnum):
-    """What an item does; the values are those of ``abi.h``."""
+    """What an item does; the values are those of ``abi.h``, the last two are a GPU's."""
 
     WHOLE = 0
     STATS = 1
@@ -41,6 +70,8 @@ class ItemKind(IntEnum):
     ACCUMULATE = 6
     AVERAGE = 7
     MERGE = 8
+    CHUNK = 9  # sums along very long lines, chunk by chunk
+    TOTAL = 10  # the norm of the gradient
 
 
 class Form(IntEnum):
@@ -61,7 +92,8 @@ class Geometry:
 
     Attributes:
         sizes: Merged dimensions.
-        strides: Of the parameter and its gradient, in elements.
+        strides: Of the parameter, in elements.
+        grad_strides: Of its gradient.
         state_strides: Of everything full-size that the state holds.
         logical: Theirs in the row-major numbering of the parameter.
         form: How its second moments come about.
@@ -76,6 +108,7 @@ class Geometry:
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    grad_strides: tuple[int, ...]
     state_strides: tuple[int, ...]
     logical: tuple[int, ...]
     form: Form
@@ -88,17 +121,20 @@ class Geometry:
     slabs: int
 
     @property
-    def merges(self) -> int:
-        """Parts in which the sums of the slabs are added up, where a matrix has several slabs."""
-        if self.form is not Form.FACTORED or self.lines_per_slab >= self.rows:
-            return 0
-        return self.batch * -(-self.cols // MERGE_COLUMNS)
+    def numel(self) -> int:
+        """Elements; of lines that are no matrix's, the last may be shorter."""
+        return math.prod(self.sizes)
+
+    @property
+    def slabs_per_matrix(self) -> int:
+        """Slabs of one matrix; 1 where a slab holds whole matrices."""
+        return -(-self.rows // self.lines_per_slab)
 
 
-def geometry_of(spec: TensorSpec) -> Geometry:
+def geometry_of(spec: TensorSpec, cut: Cut) -> Geometry:
     """Cut a tensor that has elements."""
     order = tuple(range(len(spec.shape)))
-    form = _form(spec)
+    form = _form(spec, cut)
     swapped = False
     if spec.view is not None and spec.view.permutation is not None:
         order = spec.view.permutation
@@ -108,27 +144,29 @@ def geometry_of(spec: TensorSpec) -> Geometry:
             order = (*order[:-2], order[-1], order[-2])
     row_major = _row_major(spec.shape)
     kept = spec.state_strides
-    dims = _merged([(spec.shape[d], (spec.param_strides[d], kept[d], row_major[d])) for d in order])
+    layouts = (spec.param_strides, spec.grad_strides, kept, row_major)
+    dims = _merged([(spec.shape[d], tuple(strides[d] for strides in layouts)) for d in order])
     sizes = tuple(size for size, _ in dims)
-    strides, state_strides, logical = zip(*(stride for _, stride in dims), strict=True)
+    strides, grad_strides, state_strides, logical = zip(*(dim for _, dim in dims), strict=True)
     batch, matrix = 1, (0, 0)
     if spec.view is None:
-        cols = min(spec.numel, FREE_LINE)
+        cols = min(spec.numel, cut.free_line)
         rows = -(-spec.numel // cols)
     elif form is Form.TINY:
         matrix = (spec.view.rows, spec.view.cols)
-        size = math.prod(matrix)
-        cols = min(spec.numel, FREE_LINE // size * size)
+        unit = math.lcm(math.prod(matrix), cut.aligned_lines)
+        cols = min(spec.numel, cut.free_line // unit * unit)
         rows = -(-spec.numel // cols)
     else:
         batch = math.prod(spec.view.matrices[:-2])
         rows, cols = spec.view.rows, spec.view.cols
         if swapped:
             rows, cols = cols, rows
-    lines_per_slab, slabs = _slabs(form, batch, rows, cols)
+    lines_per_slab, slabs = _slabs(form, batch, rows, cols, cut)
     return Geometry(
         sizes=sizes,
         strides=strides,
+        grad_strides=grad_strides,
         state_strides=state_strides,
         logical=logical,
         form=form,
@@ -142,25 +180,23 @@ def geometry_of(spec: TensorSpec) -> Geometry:
     )
 
 
-def _form(spec: TensorSpec) -> Form:
+def _form(spec: TensorSpec, cut: Cut) -> Form:
     if spec.view is None:
         return Form.UNFACTORED
     size = spec.view.rows * spec.view.cols
     if size <= TINY_ELEMENTS:
         return Form.TINY
-    return Form.SMALL if size <= CACHED_ELEMENTS and size < spec.numel else Form.FACTORED
+    return Form.SMALL if size <= cut.small_elements and size < spec.numel else Form.FACTORED
 
 
-def _slabs(form: Form, batch: int, rows: int, cols: int) -> tuple[int, int]:
+def _slabs(form: Form, batch: int, rows: int, cols: int, cut: Cut) -> tuple[int, int]:
     """Lines of a slab, and slabs."""
-    if form is Form.SMALL:
-        matrices = max(1, SLAB_ELEMENTS // (rows * cols))
-        return matrices * rows, -(-batch // matrices)
     # Only sums across lines have to stay small beside what is summed.
-    least = SLAB_LINES if form is Form.FACTORED else 1
-    lines = max(least, SLAB_ELEMENTS // cols)
-    if rows <= lines:
-        return rows, batch
+    least = cut.slab_lines if form is Form.FACTORED else 1
+    lines = max(least, cut.slab_elements // cols, -(-rows // cut.most_slabs))
+    if form is Form.SMALL or rows <= lines:
+        matrices = max(1, cut.slab_elements // (rows * cols))
+        return matrices * rows, -(-batch // matrices)
     return lines, batch * -(-rows // lines)
 
 
@@ -172,29 +208,34 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _merged(
-    dims: list[tuple[int, tuple[int, int, int]]],
-) -> list[tuple[int, tuple[int, int, int]]]:
+def _merged(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
     """Dimensions (size, strides) with neighbours joined where all strides allow it."""
-    merged: list[tuple[int, tuple[int, int, int]]] = []
+    merged: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in dims:
         if size == 1:
             continue
         if merged and merged[-1][1] == tuple(stride * size for stride in strides):
             size *= merged.pop()[0]
         merged.append((size, strides))
-    return merged or [(1, (1, 1, 1))]
+    return merged or [(1, (1, 1, 1, 1))]
 
 
-def is_whole(geometry: Geometry) -> bool:
-    """Whether a tensor that is stepped without a pause is one item."""
-    return geometry.batch * geometry.rows * geometry.cols <= CACHED_ELEMENTS
+def is_whole(geometry: Geometry, cut: Cut) -> bool:
+    """Whether a tensor that is stepped without a pause is one piece of work."""
+    return geometry.batch * geometry.rows * geometry.cols <= cut.whole_elements
+
+
+def merges_of(geometry: Geometry, cut: Cut) -> int:
+    """Parts in which the sums of the slabs are added up, where a matrix has several slabs."""
+    if geometry.form is not Form.FACTORED or geometry.slabs_per_matrix == 1:
+        return 0
+    return geometry.batch * -(-geometry.cols // cut.merge_columns)
 
 
 def items_of(
     geometries: Sequence[Geometry], phases: Sequence[Phase]
 ) -> Iterator[tuple[ItemKind, int, int]]:
-    """Items (kind, tensor, slab) in ticket order.
+    """Items (kind, tensor, slab) in ticket order, for threads of a CPU.
 
     The second sweep of a tensor comes after the first sweep of the next one, so that nobody waits
     for sums that are still being taken, and goes through the slabs backwards, latest read first.
@@ -202,7 +243,7 @@ def items_of(
     everything = len(phases) == len(Phase)
     waiting: list[int] = []
     for number, geometry in enumerate(geometries):
-        if everything and is_whole(geometry):
+        if everything and is_whole(geometry, CPU_CUT):
             yield ItemKind.WHOLE, number, 0
             continue
         if Phase.STATS in phases:
@@ -218,7 +259,7 @@ def _second_sweeps(
 ) -> Iterator[tuple[ItemKind, int, int]]:
     for number in tensors:
         slabs = range(geometries[number].slabs)
-        merges = range(geometries[number].merges)
+        merges = range(merges_of(geometries[number], CPU_CUT))
         yield from ((ItemKind.MERGE, number, part) for part in merges)
         yield ItemKind.FINALIZE, number, 0
         yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs)

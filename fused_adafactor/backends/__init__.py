@@ -21,10 +21,9 @@ NAMES = ("reference", "cpp", "triton", "cuda")
 REQUESTS = ("auto", *NAMES)
 
 # Backends that are named but not written yet.
-_MISSING = {
-    "triton": "the Triton backend is not part of this version",
-    "cuda": "the CUDA backend is not part of this version",
-}
+_MISSING = {"cuda": "the CUDA backend is not part of this version"}
+# Those that need more than torch, best first.
+_NATIVE = ("triton", "cpp")
 
 
 class Executor(Protocol):
@@ -61,7 +60,10 @@ class Backend(Protocol):
 class _Native(Protocol):
     """What a backend offers besides that has to be built."""
 
-    ENVIRONMENTS: tuple[str, ...]  # variables that say which build or instruction set to use
+    ENVIRONMENTS: tuple[str, ...]  # variables that ask for something only this backend does
+
+    def steps_on(self, device: torch.device) -> bool:
+        """Whether it steps tensors of a device."""
 
     def missing(self) -> str | None:
         """Why it cannot run, or None."""
@@ -88,9 +90,7 @@ def parse_request(backend: str) -> str:
 
 def availability() -> dict[str, str | None]:
     """For every backend None if it can run here, or the reason why it cannot."""
-    reasons = {name: _MISSING.get(name) for name in NAMES}
-    reasons["cpp"] = _native().missing()
-    return reasons
+    return {**dict.fromkeys(NAMES), **_MISSING, **{n: _native(n).missing() for n in _NATIVE}}
 
 
 def choose(request: str, device: torch.device) -> Facts:
@@ -105,8 +105,9 @@ def choose(request: str, device: torch.device) -> Facts:
             environment variables and cannot be had.
     """
     reasons = availability()
-    if device.type != "cpu" and reasons["cpp"] is None:
-        reasons["cpp"] = f"the C++ backend steps CPU tensors, these are on {device.type}"
+    for name in _NATIVE:
+        if reasons[name] is None and not _native(name).steps_on(device):
+            reasons[name] = f"the {name} backend does not step tensors on {device.type}"
     if request == "auto":
         return _choose_auto(device, reasons)
     missing = reasons[request]
@@ -120,17 +121,21 @@ def choose(request: str, device: torch.device) -> Facts:
 
 def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
     """The fastest backend that can run, else the reference with the reasons why it is not."""
-    if reasons["cpp"] is None:
-        return Facts("cpp", two_sweep=True, why=f"auto on {device.type}: {_native().describe()}")
-    wishes = [name for name in _native().ENVIRONMENTS if os.environ.get(name)]
-    if wishes and device.type == "cpu":
-        raise RuntimeError(f"{wishes[0]} asks for the C++ backend, but {reasons['cpp']}")
+    for name in _NATIVE:
+        native = _native(name)
+        if not native.steps_on(device):
+            continue
+        if reasons[name] is None:
+            return Facts(name, two_sweep=True, why=f"auto on {device.type}: {native.describe()}")
+        wishes = [variable for variable in native.ENVIRONMENTS if os.environ.get(variable)]
+        if wishes:
+            raise RuntimeError(f"{wishes[0]} asks for the {name} backend, but {reasons[name]}")
     others = "; ".join(reason for reason in reasons.values() if reason is not None)
     return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")
 
 
-def _native() -> _Native:
-    return cast(_Native, importlib.import_module(f"{__name__}.cpp"))
+def _native(name: str) -> _Native:
+    return cast(_Native, importlib.import_module(f"{__name__}.{name}"))
 
 
 def load(name: str) -> Backend:

@@ -11,12 +11,13 @@ import functools
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import (
@@ -27,7 +28,7 @@ from fused_adafactor.rule import (
     Rule,
     Scalars,
 )
-from fused_adafactor.slabs import Form, Geometry, ItemKind, geometry_of, is_whole, items_of
+from fused_adafactor.slabs import CPU_CUT, Form, Geometry, ItemKind, geometry_of, is_whole, items_of
 from fused_adafactor.spec import TensorSpec
 
 ABI_VERSION = 3
@@ -139,6 +140,11 @@ def missing() -> str | None:
     return None
 
 
+def steps_on(device: torch.device) -> bool:
+    """Whether tensors of a device can be stepped: those of a CPU."""
+    return device.type == "cpu"
+
+
 def facts() -> dict[str, str | int]:
     """The library, the instruction set that it uses, and the threads that a step takes."""
     return {
@@ -162,7 +168,7 @@ class _Executor:
     def __init__(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> None:
         count = len(bindings)
         self.params = [b.param for b in bindings]
-        self.geometries = [geometry_of(b.planned.spec) for b in bindings]
+        self.geometries = [_geometry_of(b.planned.spec) for b in bindings]
         self.tensors = (_Tensor * count)()
         # A gradient that is not laid out like its parameter is copied in every step; nothing else.
         self.odd = [
@@ -200,7 +206,7 @@ class _Executor:
 
         A tensor that is one item has its sums in memory of its thread.
         """
-        big = [number for number, g in enumerate(self.geometries) if not is_whole(g)]
+        big = [number for number, g in enumerate(self.geometries) if not is_whole(g, CPU_CUT)]
         first = max((sizes[number] for number in big[::2]), default=0)
         second = max((sizes[number] for number in big[1::2]), default=0)
         for record in self.tensors:
@@ -303,7 +309,7 @@ class _Executor:
 
 def obstacle(spec: TensorSpec) -> str | None:
     """Why it cannot step a tensor that has elements, or None."""
-    dims = len(geometry_of(spec).sizes)
+    dims = len(_geometry_of(spec).sizes)
     if dims > _MAX_DIMS:
         return f"has {dims} dimensions that cannot be merged, more than {_MAX_DIMS}"
     return None
@@ -319,6 +325,11 @@ def _records_of(items: Iterable[tuple[ItemKind, int, int]]) -> ctypes.Array[_Ite
     return (_Item * len(records))(*records)
 
 
+def _geometry_of(spec: TensorSpec) -> Geometry:
+    """Cut a tensor; its gradient comes in its own layout, or is copied into it."""
+    return geometry_of(replace(spec, grad_strides=spec.param_strides), CPU_CUT)
+
+
 def _laid_out_alike(spec: TensorSpec) -> bool:
     """Whether a gradient has its parameter's strides, where they matter."""
     triples = zip(spec.shape, spec.param_strides, spec.grad_strides, strict=True)
@@ -328,39 +339,8 @@ def _laid_out_alike(spec: TensorSpec) -> bool:
 def _fill_memory(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     """Pointers to what a tensor owns."""
     record.param = b.param.data_ptr()
-    spec, rule = b.planned.spec, b.rule
-    moment = rule.moment_dtype(spec.param_dtype)
-    line, cross = (b.col_var, b.row_var) if geometry.swapped else (b.row_var, b.col_var)
-    for name, tensor, dtype in (
-        ("line_var", line, moment),
-        ("cross_var", cross, moment),
-        ("var", b.var, moment),
-        ("var_max", b.var_max, moment),
-        ("exp_avg", b.exp_avg, rule.momentum_dtype(spec.param_dtype)),
-        ("compensation", b.compensation, spec.param_dtype),
-        ("average", b.average, spec.math_dtype),
-        ("accumulator", b.accumulator, spec.math_dtype),
-    ):
-        if tensor is not None:
-            _check_memory(spec, name, tensor, dtype)
-            setattr(record, name, tensor.data_ptr())
-
-
-def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """A pointer is trusted blindly, so what it points to must be laid out as the records say."""
-    full = tensor.shape == spec.shape and name not in ("line_var", "cross_var")
-    wanted = spec.state_strides if full else torch.empty(tensor.shape, device="meta").stride()
-    strides = tuple(s for s, n in zip(wanted, tensor.shape, strict=True) if n > 1)
-    if tensor.dtype != dtype or _strides(tensor) != strides:
-        raise ValueError(
-            f"state {name} of {spec.id} has dtype {tensor.dtype} and strides {tensor.stride()}; "
-            f"expected {dtype} and {wanted}. load_state_dict lays state out as it must be"
-        )
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides where they matter."""
-    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+    for name, tensor in memory_of(b, geometry.swapped).items():
+        setattr(record, name, tensor.data_ptr())
 
 
 def _scratch_bytes(geometry: Geometry, b: Binding) -> int:

@@ -1,0 +1,305 @@
+"""Tensors in tables on their device, and the launches that step them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.backends.triton.kernel import step
+from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_row, tensor_row
+from fused_adafactor.backends.triton.variants import Traits, Variant, traits_of, variant_of
+from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.plan import Activity, Phase
+from fused_adafactor.slabs import ItemKind, geometry_of
+from fused_adafactor.tickets import (
+    LAUNCH_COUNTERS,
+    Item,
+    Pieces,
+    Ticket,
+    Tuning,
+    kinds_of,
+    launches_of,
+    pieces_of,
+    scratch_of,
+    tickets_of,
+    waves_of,
+)
+
+TUNING = Tuning()
+# Waves under way, each with a place in the scratch: the one whose second sweep runs, the one whose
+# first sweep does, and one for programs that are ahead of the others.
+_PLACES = 3
+
+
+@dataclass(kw_only=True, eq=False)
+class _Group:
+    """Tensors that are launched together: they have the same traits."""
+
+    traits: Traits
+    numbers: list[int]  # of its tensors
+    pieces: list[Pieces]
+    waves: list[list[int]]  # by place in the group
+
+
+@dataclass(kw_only=True, eq=False)
+class _Launch:
+    """Tickets on the device, and the kernel that takes them."""
+
+    tickets: Tensor
+    items: Tensor
+    count: int
+    programs: int
+    variant: Variant
+
+    @functools.cached_property
+    def unaligned(self) -> Variant:
+        """The variant for gradients that do not begin at multiples of 16 bytes."""
+        return self.variant._replace(ALIGNED=False)
+
+
+class Executor:
+    """Steps the tensors that it was made for; see ``backends.Executor``.
+
+    Args:
+        bindings: Of one device and one math dtype, none of them empty.
+        segments: The phases of an update, as they will be run.
+        launch_form: ``persistent`` or ``phases``.
+    """
+
+    def __init__(
+        self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]], launch_form: str
+    ) -> None:
+        """Cut all tensors, and lay out their sums and counters."""
+        spec = bindings[0].planned.spec
+        self.device, self.math_dtype = spec.device, spec.math_dtype
+        self.tuning = TUNING.for_math(self.math_dtype)
+        self.waits = launch_form == "persistent"
+        self.params = [b.param for b in bindings]
+        self.accumulators = [
+            (number, b.accumulator)
+            for number, b in enumerate(bindings)
+            if b.accumulator is not None
+        ]
+        self.cohorts: list[tuple[Cohort, float]] = []
+        rules = self._rules(bindings)
+        pieces = [self._pieces_of(b) for b in bindings]
+        self.groups = self._groups(bindings, pieces)
+        rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
+        capturable = any(isinstance(c.scalars.t, Tensor) for c, _ in self.cohorts)
+        count, place = len(bindings), {"device": self.device}
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
+        self.grads = Sent((count,), torch.int64, self.device, capturable)
+        rules_count = len(self.cohorts)
+        self.numbers = Sent((rules_count, f.NUMBERS.value), torch.float64, self.device, capturable)
+        self.integers = Sent((rules_count, f.INTEGERS.value), torch.int64, self.device, capturable)
+        self.outcomes = torch.zeros(count, f.OUTCOMES.value, dtype=torch.float64, **place)
+        self.no_factors = torch.ones(count, dtype=self.math_dtype, **place)
+        self.no_skips = torch.zeros(count, dtype=torch.uint8, **place)
+        self.launches: dict[object, list[_Launch]] = {}
+
+    def _rules(self, bindings: Sequence[Binding]) -> list[int]:
+        """The rule of each tensor: its cohort, with its own eps1."""
+        numbers: dict[tuple[int, float], int] = {}
+        rules = []
+        for b in bindings:
+            spec = b.planned.spec
+            eps1 = b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
+            key = (id(b.cohort), eps1)
+            if key not in numbers:
+                numbers[key] = len(self.cohorts)
+                self.cohorts.append((b.cohort, eps1))
+            rules.append(numbers[key])
+        return rules
+
+    def _pieces_of(self, b: Binding) -> Pieces:
+        geometry = geometry_of(b.planned.spec, self.tuning.cut)
+        traits = traits_of(b, geometry)
+        return pieces_of(
+            geometry,
+            self.tuning,
+            measures=traits.MEASURES,
+            amsgrad_or_clamp=traits.AMSGRAD or traits.CLAMPS,
+            norm_clipped=traits.NORM_CLIPPED,
+        )
+
+    def _groups(self, bindings: Sequence[Binding], pieces: Sequence[Pieces]) -> list[_Group]:
+        by_traits: dict[Traits, list[int]] = {}
+        for number, (b, p) in enumerate(zip(bindings, pieces, strict=True)):
+            by_traits.setdefault(traits_of(b, p.geometry), []).append(number)
+        groups = []
+        for traits, numbers in by_traits.items():
+            sizes = [
+                bindings[n].planned.spec.numel
+                * (bindings[n].param.dtype.itemsize + bindings[n].planned.spec.grad_dtype.itemsize)
+                for n in numbers
+            ]
+            waves = waves_of(sizes, self.tuning.wave_bytes)
+            mine = [pieces[n] for n in numbers]
+            groups.append(_Group(traits=traits, numbers=numbers, pieces=mine, waves=waves))
+        return groups
+
+    def _rows(
+        self,
+        bindings: Sequence[Binding],
+        rules: Sequence[int],
+        pieces: Sequence[Pieces],
+        shares: bool,
+    ) -> list[list[int]]:
+        """The table; also makes the scratch and the counters.
+
+        Where an update runs in one go, only a few waves are under way at a time and share places in
+        the scratch, and so do groups, which follow each other. Otherwise all sums are kept.
+        """
+        rows: list[list[int]] = [[] for _ in bindings]
+        counters = LAUNCH_COUNTERS
+        end = 0
+        for group in self.groups:
+            place_sizes = [0] * _PLACES
+            for index, wave in enumerate(group.waves):
+                size = sum(self._scratch_size(group.pieces[n]) for n in wave)
+                place_sizes[index % _PLACES] = max(place_sizes[index % _PLACES], size)
+            places = [sum(place_sizes[:i]) for i in range(_PLACES)]
+            group_counters = LAUNCH_COUNTERS + len(group.waves)
+            for index, wave in enumerate(group.waves):
+                at = places[index % _PLACES] if shares and self.waits else end
+                for n in wave:
+                    number, p = group.numbers[n], group.pieces[n]
+                    scratch = scratch_of(p, self.math_dtype.itemsize, at)
+                    at = scratch.end
+                    row = tensor_row(bindings[number], rules[number], p, scratch)
+                    row[f.PROGRESS.value] = group_counters
+                    group_counters += p.counters
+                    row[f.WAVE.value] = LAUNCH_COUNTERS + index
+                    if shares and self.waits and index >= _PLACES:
+                        before = group.waves[index - _PLACES]
+                        row[f.AFTER.value] = LAUNCH_COUNTERS + index - _PLACES
+                        row[f.AFTER_COUNT.value] = sum(group.pieces[m].units for m in before)
+                    rows[number] = row
+                end = max(end, at)
+            counters = max(counters, group_counters)
+        self.scratch = torch.empty(end, dtype=torch.uint8, device=self.device)
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=self.device)
+        return rows
+
+    def _scratch_size(self, pieces: Pieces) -> int:
+        return scratch_of(pieces, self.math_dtype.itemsize, 0).end
+
+    def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
+        """Run phases, in order, of an update."""
+        kinds = kinds_of(phases)
+        joined = Phase.STATS not in phases
+        if kinds not in self.launches:
+            self.launches[kinds] = [
+                launch for group in self.groups for launch in self._launches(group, kinds, joined)
+            ]
+        self._launch(self.launches[kinds], exchange)
+        if Phase.APPLY not in phases:
+            exchange.grad_sq = self.outcomes[:, f.GRAD_SQ.value].to(self.math_dtype, copy=True)
+        elif exchange.wants_param_rms:
+            exchange.param_rms = self.outcomes[:, f.PARAM_RMS.value].to(self.math_dtype, copy=True)
+
+    def run_activity(self, activity: Activity, exchange: Exchange) -> None:
+        """Run an activity that has no update."""
+        if activity is Activity.DROP:
+            self._drop_accumulated(exchange.skip)
+        kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
+        if kind not in self.launches:
+            self.launches[kind] = [self._activity_launch(group, kind) for group in self.groups]
+        self._launch(self.launches[kind], exchange)
+
+    def _drop_accumulated(self, skip: Tensor | None) -> None:
+        for number, accumulator in self.accumulators:
+            if skip is None:
+                accumulator.zero_()
+            else:
+                accumulator.masked_fill_(~skip[number], 0.0)
+
+    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[_Launch]:
+        if self.waits:
+            tickets = [tickets_of(group.pieces, group.waves, kinds, self.tuning)]
+        else:
+            tickets = list(launches_of(group.pieces, kinds, self.tuning))
+        return [self._make(group, t, self.waits, joined) for t in tickets if t]
+
+    def _activity_launch(self, group: _Group, kind: ItemKind) -> _Launch:
+        tickets: list[Ticket] = [
+            [(kind, n, unit)] for n, p in enumerate(group.pieces) for unit in range(p.units)
+        ]
+        return self._make(group, tickets, waits=False, joined=False)
+
+    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> _Launch:
+        items: list[Item] = [item for ticket in tickets for item in ticket]
+        ends = [0]
+        for ticket in tickets:
+            ends.append(ends[-1] + len(ticket))
+        concerned = {n for _, n, _ in items}
+        pieces = [group.pieces[n] for n in sorted(concerned)]
+        kinds = sorted({kind for kind, _, _ in items})
+        numbered = [(int(kind), group.numbers[n], unit) for kind, n, unit in items]
+        return _Launch(
+            tickets=torch.tensor(ends, dtype=torch.int32, device="cpu").to(self.device),
+            items=torch.tensor(numbered, dtype=torch.int32, device="cpu").to(self.device),
+            count=len(tickets),
+            programs=min(len(tickets), self._programs()) if waits else len(tickets),
+            variant=variant_of(
+                group.traits, pieces, self.tuning, kinds, waits=waits, joined=joined
+            ),
+        )
+
+    def _programs(self) -> int:
+        """Programs that a persistent launch has."""
+        if self.device.type != "cuda":
+            return self.tuning.programs_per_processor  # interpreted, one after the other
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return processors * self.tuning.programs_per_processor
+
+    def _launch(self, launches: Sequence[_Launch], exchange: Exchange) -> None:
+        grads = _as_meant(exchange.grads)
+        addresses = list(map(Tensor.data_ptr, grads))
+        self._send(addresses)
+        # Of views into a buffer, say; nothing else about a gradient's memory can change unnoticed.
+        misaligned = reduce(or_, addresses, 0) % 16 != 0
+        factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
+        skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
+        for launch in launches:
+            step[(launch.programs,)](
+                launch.tickets,
+                launch.items,
+                self.table,
+                self.grads.on_device,
+                self.numbers.on_device,
+                self.integers.on_device,
+                factors,
+                skips,
+                self.scratch,
+                self.outcomes,
+                self.counters,
+                0,
+                launch.count,
+                self.counters.numel(),
+                launch.unaligned if misaligned else launch.variant,
+                num_warps=self.tuning.warps,
+                enable_fp_fusion=False,
+            )
+        # autograd must see that a value which it may have saved is gone.
+        torch.autograd.graph.increment_version(self.params)
+
+    def _send(self, addresses: list[int]) -> None:
+        """What is new in this step."""
+        self.numbers.send([x for cohort in self.cohorts for x in numbers_row(*cohort)])
+        self.integers.send([x for cohort, _ in self.cohorts for x in integers_row(cohort)])
+        self.grads.send(addresses or [0] * len(self.params))
+
+
+def _as_meant(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients without those that are negated when they are read, as autograd makes of conj()."""
+    if any(map(Tensor.is_neg, grads)):
+        return [grad.resolve_neg() for grad in grads]
+    return grads

@@ -1,0 +1,115 @@
+"""Elements in memory: where they lie, how a tile of them is read and written."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.backends.triton.formulas import quotient, round_nearest
+
+
+@triton.jit
+def number(rule, FIELD: tl.constexpr, V: tl.constexpr):
+    """A number of this step, in the math dtype."""
+    return tl.load(rule + FIELD).to(V.MATH)
+
+
+@triton.jit
+def in_scratch(row, scratch, FIELD: tl.constexpr, DTYPE: tl.constexpr):
+    """A place in the scratch."""
+    return (scratch + tl.load(row + FIELD)).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def hinted(x, V: tl.constexpr):
+    """A number of elements, or of the first one, where it is a multiple of 16 in this variant."""
+    if V.ALIGNED:
+        x = tl.multiple_of(x, 16)
+    return x
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr, V: tl.constexpr):
+    """An address, aligned to 16 bytes in this variant."""
+    return hinted(address.to(tl.pointer_type(DTYPE)), V)
+
+
+@triton.jit
+def offset_of(row, STRIDES: tl.constexpr, k, V: tl.constexpr):
+    """Where elements of these numbers lie, int64."""
+    if V.STRIDED:
+        offset = tl.zeros(k.shape, tl.int64)
+        rest = k
+        dims = tl.load(row + f.DIMS)
+        for back in range(1, dims + 1):
+            size = tl.load(row + f.SIZES + dims - back)
+            offset += rest % size * tl.load(row + STRIDES + dims - back)
+            rest = rest // size
+    else:
+        offset = k
+    return offset
+
+
+@triton.jit
+def read(row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, V: tl.constexpr):
+    """Elements in the math dtype, 0 where the mask is."""
+    place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
+    return tl.load(place, mask=mask, other=0.0).to(V.MATH)
+
+
+@triton.jit
+def write(row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, value, V: tl.constexpr):
+    """Store elements, rounded to nearest."""
+    place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
+    tl.store(place, round_nearest(value, DTYPE), mask=mask)
+
+
+@triton.jit
+def read_unclipped(row, rule, grad, k, mask, V: tl.constexpr):
+    """The gradient: divided by the loss scale, then averaged over accumulated steps."""
+    place = pointer(grad, V.GRAD, V) + offset_of(row, f.GRAD_STRIDES, k, V)
+    g = tl.load(place, mask=mask, other=0.0).to(V.MATH) * number(rule, f.GRAD_SCALE, V)
+    if V.ACCUMULATES:
+        g += read(row, f.ACCUMULATOR, f.STATE_STRIDES, V.MATH, k, mask, V)
+        steps = tl.zeros(k.shape, V.MATH) + number(rule, f.ACCUMULATION_STEPS, V)
+        g = quotient(g, steps)
+    return g
+
+
+@triton.jit
+def clipped(g, rule, factor, V: tl.constexpr):
+    """The gradient, clipped by value or by a norm."""
+    if V.VALUE_CLIP:
+        limit = number(rule, f.CLIP_VALUE, V)
+        g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN passes
+    if V.NORM_CLIPPED:
+        g = g * factor
+    return g
+
+
+@triton.jit
+def read_grad(row, rule, grad, factor, k, mask, V: tl.constexpr):
+    """g: unscaled, averaged, clipped; in Keras' order."""
+    return clipped(read_unclipped(row, rule, grad, k, mask, V), rule, factor, V)
+
+
+@triton.jit
+def lines_of(row, slab):
+    """First line of a slab, the end of its lines, and how many of them are of one matrix."""
+    rows = tl.load(row + f.ROWS)
+    length = tl.load(row + f.LINES_PER_SLAB)
+    per_matrix = tl.load(row + f.SLABS_PER_MATRIX)
+    first_of_matrix = slab // per_matrix * tl.where(per_matrix == 1, length, rows)
+    begin = first_of_matrix + slab % per_matrix * length
+    all_lines = rows * tl.load(row + f.BATCH)
+    end = tl.minimum(begin + length, tl.where(per_matrix == 1, all_lines, first_of_matrix + rows))
+    return begin, end, tl.minimum(length, rows)
+
+
+@triton.jit
+def columns_of(row, chunk):
+    """First column of a chunk, and the end of its columns."""
+    size = tl.load(row + f.CHUNK)
+    begin = chunk * size
+    return begin, tl.minimum(begin + size, tl.load(row + f.COLS))

@@ -1,0 +1,177 @@
+"""The tables that a launch reads, from the host's side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.binding import Binding, Cohort, memory_of
+from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind
+from fused_adafactor.schedule import Number
+from fused_adafactor.tickets import Pieces, Scratch
+
+_SPARE_BUFFERS = 4
+
+
+def tensor_row(b: Binding, rule: int, pieces: Pieces, scratch: Scratch) -> list[int]:
+    """The row of a tensor, but for its counters."""
+    row = [0] * f.TENSOR_FIELDS.value
+    geometry, spec = pieces.geometry, b.planned.spec
+
+    def put(field: object, *values: int) -> None:
+        first: int = getattr(field, "value")  # noqa: B009 - constexpr has no types
+        row[first : first + len(values)] = values
+
+    put(f.PARAM, b.param.data_ptr())
+    for name, tensor in memory_of(b, geometry.swapped).items():
+        put(getattr(f, name.upper()), tensor.data_ptr())
+    put(f.RULE, rule)
+    put(f.PARAM_INDEX, spec.id.index)
+    put(f.FORM, geometry.form)
+    put(f.BATCH, geometry.batch)
+    put(f.ROWS, geometry.rows)
+    put(f.COLS, geometry.cols)
+    put(f.NUMEL, spec.numel)
+    put(f.MATRIX_ROWS, *geometry.matrix)
+    put(f.SWAPPED, geometry.swapped)
+    put(f.LINES_PER_SLAB, geometry.lines_per_slab)
+    put(f.SLABS_PER_MATRIX, geometry.slabs_per_matrix)
+    put(f.CHUNK, pieces.chunk)
+    put(f.CHUNKS, pieces.chunks)
+    put(f.UNITS, pieces.units)
+    put(f.WIDTH, pieces.width)
+    put(f.SPAN, pieces.span)
+    put(f.STRIDE, pieces.stride)
+    put(f.PARTS, pieces.parts)
+    put(f.PART_LINES, pieces.part_lines)
+    put(f.MERGES, pieces.merges)
+    put(f.SUMS, scratch.sums)
+    put(f.MATRICES, scratch.matrices)
+    put(f.PART_SUMS, scratch.part_sums)
+    put(f.LINES, scratch.lines)
+    put(f.CROSS, scratch.cross)
+    put(f.FACTOR, scratch.factor)
+    put(f.PARTIAL, scratch.partial)
+    put(f.CHUNK_SUMS, scratch.chunk_sums)
+    put(f.AFTER, -1)
+    put(f.DIMS, len(geometry.sizes))
+    put(f.SIZES, *geometry.sizes)
+    put(f.STRIDES, *geometry.strides)
+    put(f.GRAD_STRIDES, *geometry.grad_strides)
+    put(f.STATE_STRIDES, *geometry.state_strides)
+    put(f.LOGICAL, *geometry.logical)
+    return row
+
+
+def numbers_row(cohort: Cohort, eps1: float) -> list[Number]:
+    """The numbers of a rule at this step, floats or 0-d tensors of the device."""
+    row: list[Number] = [0.0] * f.NUMBERS.value
+    rule, scalars = cohort.rule, cohort.scalars
+
+    def put(field: object, value: Number) -> None:
+        row[getattr(field, "value")] = value  # noqa: B009 - constexpr has no types
+
+    put(f.BETA2, scalars.beta2)
+    put(f.REST2, 1.0 - scalars.beta2)
+    put(f.BETA1, scalars.beta1)
+    put(f.REST1, 1.0 - scalars.beta1)
+    put(f.NUMERATOR_SCALE, scalars.numerator_scale)
+    put(f.AMSGRAD_SCALE, scalars.amsgrad_scale)
+    clamps = rule.eps1_rule is Eps1Rule.CLAMP
+    put(f.EPS1, eps1)
+    put(f.ADDED, 0.0 if clamps else eps1)
+    put(f.MOST_ROOT, 1.0 / eps1 if clamps else float("inf"))
+    put(f.LEAST_NORM, eps1 if clamps else 0.0)
+    put(f.EPS2, -1.0 if rule.eps2 is None else rule.eps2)
+    put(f.CLIP_THRESHOLD, -1.0 if rule.clip_threshold is None else rule.clip_threshold)
+    put(f.RHO, scalars.rho)
+    put(f.ACCUMULATION_STEPS, float(rule.accumulation_steps))
+    put(f.GRAD_SCALE, cohort.grad_scale)
+    put(f.SUM_MOMENTS, float(rule.sums))
+    clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay
+    if clip is not None and clip.kind is GradClipKind.VALUE:
+        put(f.CLIP_VALUE, clip.threshold)
+    if average is not None:
+        momentum = average.momentum * (scalars.t != 1)
+        put(f.AVERAGE_MOMENTUM, momentum)
+        put(f.AVERAGE_REST, 1.0 - momentum)
+        if average.overwrite_every is not None:
+            put(f.OVERWRITE, 1.0 * (scalars.t % average.overwrite_every == 0))
+    if decay is not None:
+        put(f.DECAY_BEFORE_RMS, float(decay.before_rms))
+        if decay.factor is DecayFactor.ALPHA:
+            put(f.DECAY_OF_ALPHA, decay.coefficient)
+        elif decay.factor is DecayFactor.ONE:
+            put(f.DECAY, decay.coefficient)
+        elif scalars.lr is not None:
+            put(f.DECAY, decay.coefficient * scalars.lr)
+    return row
+
+
+def integers_row(cohort: Cohort) -> list[Number]:
+    """Seed and step, the key of stochastic rounding."""
+    t = cohort.scalars.t
+    return [cohort.seed, t if isinstance(t, Tensor) else int(t)]
+
+
+class Sent:
+    """Numbers of the host, and a copy of them on a device that is renewed where they changed.
+
+    While a graph is captured, every sending becomes part of the graph, with a buffer of its own
+    that nobody writes again: a replay restores what the kernels of that graph have to read. What
+    lies on the device is then not known any more, so from then on everything is sent.
+
+    Args:
+        shape: Of the numbers.
+        dtype: float64 or int64.
+        device: Where they are read.
+        spares: Whether a graph may be captured.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spares: bool
+    ) -> None:
+        """Make the copy, and buffers for captures: none can be made during one."""
+        self.on_device = torch.zeros(shape, dtype=dtype, device=device)
+        self._slots = self.on_device.view(-1).unbind() if len(self.on_device.view(-1)) else ()
+        self._last: list[float] | None = None
+        self._captured: list[Tensor] = []
+        self._spares: list[Tensor] = []
+        self._keeps_spares = spares and device.type == "cuda"
+        self._restock()
+
+    def _restock(self) -> None:
+        while self._keeps_spares and len(self._spares) < _SPARE_BUFFERS:
+            spare = torch.zeros(self.on_device.shape, dtype=self.on_device.dtype, device="cpu")
+            self._spares.append(spare.pin_memory())
+
+    def send(self, values: Sequence[Number]) -> None:
+        """Bring the copy up to date; entries that are tensors are copied on the device."""
+        host = [0.0 if isinstance(value, Tensor) else value for value in values]
+        capturing = self.on_device.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            self._send_captured(host)
+        elif host != self._last or self._captured:
+            self._restock()
+            dtype = self.on_device.dtype
+            numbers = torch.tensor(host, dtype=dtype, device="cpu").view(self.on_device.shape)
+            # Small pageable memory is staged before the call returns: nothing waits for it.
+            self.on_device.copy_(numbers, non_blocking=True)
+            self._last = host
+        for slot, value in zip(self._slots, values, strict=True):
+            if isinstance(value, Tensor):
+                slot.copy_(value.reshape(()), non_blocking=True)
+
+    def _send_captured(self, host: Sequence[float]) -> None:
+        if not self._spares:
+            raise RuntimeError(
+                f"no buffer is left to capture step() with, after {_SPARE_BUFFERS} captures in a "
+                "row; take a step outside of a graph between them"
+            )
+        buffer = self._spares.pop()
+        buffer.view(-1).copy_(torch.tensor(host, dtype=buffer.dtype, device="cpu"))
+        self.on_device.copy_(buffer, non_blocking=True)
+        self._captured.append(buffer)

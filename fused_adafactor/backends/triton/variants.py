@@ -1,0 +1,212 @@
+"""What a kernel is compiled for: dtypes, switches of the rule, layouts, and the sizes of tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from fused_adafactor.binding import Binding
+from fused_adafactor.rounding import Rounding
+from fused_adafactor.rule import Eps1Rule, GradClipKind, MomentumSite
+from fused_adafactor.slabs import Form, Geometry, ItemKind
+from fused_adafactor.tickets import Pieces, Tuning
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+_SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
+
+
+class Traits(NamedTuple):
+    """What tensors of one launch have in common.
+
+    Attributes:
+        MATH: Dtype of every formula.
+        PARAM: Of the parameter, and of its compensation.
+        GRAD: Of the gradient.
+        MOMENT: Of the second moments.
+        EXP_AVG: Of the first moment.
+        MOMENTUM: 0 for none, else its site: 1 gradient, 2 update, 3 step.
+        AMSGRAD: Whether v is the largest so far.
+        MEASURES: Whether RMS(u) is wanted.
+        PARAM_RMS: Whether RMS(p) is.
+        NORM_CLIPPED: Gradients are clipped by a norm that is known after the first sweep.
+        VALUE_CLIP: They are clipped element by element.
+        ACCUMULATES: They are averaged over several calls.
+        AVERAGES: An EMA of the weights is kept.
+        STOCHASTIC: The parameter is rounded with random bits.
+        KAHAN: What rounding loses is kept.
+        CLAMPS: eps1 clamps v, and is not added to g².
+        STRIDED: Elements lie anywhere; otherwise one after the other, as they are numbered.
+        ALIGNED: Every line, and every array, begins at a multiple of 16 bytes.
+        WHOLE_BLOCKS: Eight neighbours share a Philox block.
+    """
+
+    MATH: Any
+    PARAM: Any
+    GRAD: Any
+    MOMENT: Any
+    EXP_AVG: Any
+    MOMENTUM: int
+    AMSGRAD: bool
+    MEASURES: bool
+    PARAM_RMS: bool
+    NORM_CLIPPED: bool
+    VALUE_CLIP: bool
+    ACCUMULATES: bool
+    AVERAGES: bool
+    STOCHASTIC: bool
+    KAHAN: bool
+    CLAMPS: bool
+    STRIDED: bool
+    ALIGNED: bool
+    WHOLE_BLOCKS: bool
+
+
+def traits_of(b: Binding, geometry: Geometry) -> Traits:
+    """The traits of a tensor; its gradient is taken to be as well aligned as it is."""
+    spec, rule = b.planned.spec, b.rule
+    clip = rule.grad_clip
+    stochastic = rule.rounding is Rounding.STOCHASTIC and spec.param_dtype is torch.bfloat16
+    row_major = _row_major(geometry.sizes)
+    layouts = {geometry.strides, geometry.grad_strides, geometry.state_strides}
+    in_order = layouts == {row_major} and (not stochastic or geometry.logical == row_major)
+    by_16 = in_order and spec.numel % 16 == 0
+    if geometry.form is Form.FACTORED:
+        by_16 = by_16 and geometry.cols % 16 == 0
+    return Traits(
+        MATH=_DTYPES[spec.math_dtype],
+        PARAM=_DTYPES[spec.param_dtype],
+        GRAD=_DTYPES[spec.grad_dtype],
+        MOMENT=_DTYPES[rule.moment_dtype(spec.param_dtype)],
+        EXP_AVG=_DTYPES[rule.momentum_dtype(spec.param_dtype)],
+        MOMENTUM=0 if rule.momentum is None else _SITES[rule.momentum.site],
+        AMSGRAD=rule.amsgrad,
+        MEASURES=rule.clip_threshold is not None,
+        PARAM_RMS=rule.measures_param_rms,
+        NORM_CLIPPED=clip is not None and clip.kind is not GradClipKind.VALUE,
+        VALUE_CLIP=clip is not None and clip.kind is GradClipKind.VALUE,
+        ACCUMULATES=b.accumulator is not None,
+        AVERAGES=b.average is not None,
+        STOCHASTIC=stochastic,
+        KAHAN=b.compensation is not None,
+        CLAMPS=rule.eps1_rule is Eps1Rule.CLAMP,
+        STRIDED=not in_order,
+        ALIGNED=by_16 and all(t.data_ptr() % 16 == 0 for t in _arrays(b)),
+        WHOLE_BLOCKS=by_16,
+    )
+
+
+def _arrays(b: Binding) -> list[torch.Tensor]:
+    owned = (b.param, b.row_var, b.col_var, b.var, b.var_max, b.exp_avg)
+    more = (b.compensation, b.average, b.accumulator)
+    return [tensor for tensor in (*owned, *more) if tensor is not None]
+
+
+def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+_Variant = NamedTuple(  # noqa: UP014 - its fields are those of Traits, and more
+    "_Variant",
+    [
+        *Traits.__annotations__.items(),
+        ("WEIGHS", bool),
+        ("LINES", bool),
+        ("FLAT", bool),
+        ("UNFACTORED", bool),
+        ("TINY", bool),
+        ("CHUNKED", bool),
+        ("WIDTHS", Any),
+        ("SPANS", Any),
+        ("KINDS", Any),
+        ("WAITS", bool),
+        ("JOINED", bool),
+        ("TILE", int),
+        ("CHUNK", int),
+        ("FLAT_TILE", int),
+        ("MERGE_COLS", int),
+        ("MERGE_SLABS", int),
+        ("VECTOR", int),
+        ("MATRICES", int),
+        ("PARTS", int),
+        ("LOSSLESS", float),
+    ],
+)
+
+
+class Variant(_Variant):
+    """What one launch is compiled for.
+
+    Attributes:
+        WEIGHS: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
+        LINES: There are matrices.
+        FLAT: There are tensors without lines.
+        UNFACTORED: Some of them have a second moment for each element.
+        TINY: Some of them are tiny matrices.
+        CHUNKED: Some lines are summed in chunks.
+        WIDTHS: Of tiles in the first sweep.
+        SPANS: Of tiles in the second sweep.
+        KINDS: For each kind of item, whether there is one.
+        WAITS: Whether items wait for each other.
+        JOINED: The first sweep was another launch.
+        TILE: Elements of a tile in the first sweep.
+        CHUNK: Columns of a chunk.
+        FLAT_TILE: Elements of a tile in the second sweep.
+        MERGE_COLS: Columns that are merged together.
+        MERGE_SLABS: Slabs, likewise.
+        VECTOR: Elements of a vector that is summed.
+        MATRICES: Matrices that are finalized together.
+        PARTS: Parts of them, likewise.
+        LOSSLESS: Largest 1 / sqrt(v) that no g² which counts is lost below.
+    """
+
+    __slots__ = ()
+
+
+def variant_of(
+    traits: Traits,
+    pieces: Sequence[Pieces],
+    tuning: Tuning,
+    kinds: Sequence[ItemKind],
+    *,
+    waits: bool,
+    joined: bool,
+) -> Variant:
+    """The variant for tensors that are stepped together."""
+    forms = {p.geometry.form for p in pieces}
+    tiny = torch.finfo(torch.float64 if traits.MATH is tl.float64 else torch.float32).tiny
+    return Variant(
+        *traits,
+        WEIGHS=traits.MEASURES and not traits.AMSGRAD and not traits.NORM_CLIPPED,
+        LINES=Form.FACTORED in forms,
+        FLAT=bool(forms - {Form.FACTORED}),
+        UNFACTORED=Form.UNFACTORED in forms,
+        TINY=Form.TINY in forms,
+        CHUNKED=any(p.chunks > 1 for p in pieces),
+        WIDTHS=tuple(sorted({p.width for p in pieces} - {0})),
+        SPANS=tuple(sorted({p.span for p in pieces} - {0})),
+        KINDS=tuple(kind in kinds for kind in ItemKind),
+        WAITS=waits,
+        JOINED=joined,
+        TILE=tuning.tile,
+        CHUNK=tuning.chunk,
+        FLAT_TILE=tuning.flat_tile,
+        MERGE_COLS=tuning.cut.merge_columns,
+        MERGE_SLABS=32,
+        VECTOR=1024,
+        MATRICES=32,
+        PARTS=32,
+        LOSSLESS=math.sqrt(1e-4 / tiny),
+    )

@@ -1,0 +1,327 @@
+"""How the work on many tensors is ordered for a GPU: units, waves of tensors, tickets of items.
+
+Everything a tensor is cut into follows from that tensor alone. Programs take tickets in order, and
+an item waits only for items of lower tickets, or of its own, which come before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fused_adafactor.plan import Phase
+from fused_adafactor.slabs import Cut, Form, Geometry, ItemKind, is_whole
+
+GPU_CUT = Cut(
+    slab_elements=65_536,
+    slab_lines=32,
+    most_slabs=256,
+    free_line=16_384,
+    whole_elements=32_768,
+    small_elements=0,
+    merge_columns=128,
+    aligned_lines=16,
+)
+# Counters of a launch, and of a tensor before those of its slabs; ``fields.py`` has their names.
+LAUNCH_COUNTERS = 2
+TENSOR_COUNTERS = 5
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes that a GPU's registers and caches ask for; numbers of elements are powers of 2.
+
+    None of them has been measured on a GPU yet: they are what the byte model and the compiler's
+    reports of registers allow.
+
+    Attributes:
+        cut: Of a tensor.
+        tile: Elements that a program holds in the first sweep, with two sums for each. A line that
+            is longer is summed in chunks.
+        chunk: Columns of such a chunk.
+        flat_tile: Elements that a program holds in the second sweep.
+        span: Columns of them, at most.
+        narrowest: Columns of a tile, at least.
+        wave_bytes: Gradients and parameters between whose two sweeps nothing else is read: with
+            the next wave, what an L2 cache holds.
+        rms_units: Units of one ticket of the third sweep, where that is seldom needed.
+        warps: Of a program.
+        programs_per_processor: That a GPU's multiprocessor holds.
+    """
+
+    cut: Cut = GPU_CUT
+    tile: int = 16_384
+    chunk: int = 2048
+    flat_tile: int = 8192
+    span: int = 1024
+    narrowest: int = 32
+    wave_bytes: int = 8 * 2**20
+    rms_units: int = 8
+    warps: int = 16
+    programs_per_processor: int = 1
+
+    def for_math(self, dtype: torch.dtype) -> Tuning:
+        """The same for a math dtype: half as many elements of float64 fit."""
+        if dtype is not torch.float64:
+            return self
+        return replace(self, tile=self.tile // 2, flat_tile=self.flat_tile // 2)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a tensor is cut into.
+
+    A unit is a slab of lines, or a chunk of the columns of a slab where lines are very long. A part
+    is some columns, and some lines, of a matrix whose sums are complete.
+
+    Attributes:
+        geometry: Its lines and slabs.
+        width: Columns of a tile in the first sweep.
+        span: Columns of a tile in the second sweep.
+        chunk: Columns of a unit.
+        chunks: Units of a slab.
+        stride: Elements from tile to tile, where lines are no matrix's.
+        parts: Of a matrix.
+        part_lines: Lines of a part.
+        merges: Items that add up the sums of slabs; none where a unit does it by itself.
+        whole: Stepped by one program.
+        third_sweep: Whether Σ u² may take one; ``seldom`` or ``often``, or None.
+    """
+
+    geometry: Geometry
+    width: int
+    span: int
+    chunk: int
+    chunks: int
+    stride: int
+    parts: int
+    part_lines: int
+    merges: int
+    whole: bool
+    third_sweep: str | None
+
+    @property
+    def units(self) -> int:
+        """Of all slabs."""
+        return self.geometry.slabs * self.chunks
+
+    @property
+    def counters(self) -> int:
+        """That its items wait for."""
+        return TENSOR_COUNTERS + (self.geometry.slabs if self.chunks > 1 else 0)
+
+
+def pieces_of(
+    geometry: Geometry,
+    tuning: Tuning,
+    *,
+    measures: bool,
+    amsgrad_or_clamp: bool,
+    norm_clipped: bool,
+) -> Pieces:
+    """Cut a tensor.
+
+    Args:
+        geometry: Its lines and slabs, by the cut of ``tuning``.
+        tuning: Sizes, for its math dtype.
+        measures: Whether RMS(u) is wanted.
+        amsgrad_or_clamp: Whether something acts on each element of 1 / sqrt(v).
+        norm_clipped: Whether the gradient is clipped by a norm that is known after the first sweep.
+    """
+    g = geometry
+    lined = g.form is Form.FACTORED
+    chunk = g.cols if g.cols <= tuning.tile or not lined else tuning.chunk
+    chunks = -(-g.cols // chunk)
+    width = max(tuning.narrowest, _power_of_2(chunk)) if lined else 0
+    # A unit that has whole columns finishes them, unless what it has summed is not clipped yet.
+    by_itself = g.slabs_per_matrix == 1 and not norm_clipped
+    parts = chunks if by_itself else -(-g.cols // tuning.cut.merge_columns)
+    unit = math.lcm(max(1, math.prod(g.matrix)), tuning.cut.aligned_lines)
+    third_sweep = None
+    if measures and (lined or norm_clipped):
+        third_sweep = "often" if norm_clipped or amsgrad_or_clamp else "seldom"
+    return Pieces(
+        geometry=g,
+        width=width,
+        span=min(width, tuning.span),
+        chunk=chunk,
+        chunks=chunks,
+        stride=tuning.flat_tile // unit * unit if g.form is Form.TINY else tuning.flat_tile,
+        parts=parts if lined else 0,
+        part_lines=-(-g.rows // parts),
+        merges=g.batch * parts if lined and not by_itself else 0,
+        whole=is_whole(g, tuning.cut),
+        third_sweep=third_sweep,
+    )
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+@dataclass
+class Scratch:
+    """Places of a tensor's sums, in bytes from the beginning of the scratch.
+
+    [x] is an array of so many: ``sums`` [units, 3], ``matrices`` [batch, 3] and ``part_sums``
+    [batch, parts, 8] are float64; ``lines`` [batch, rows], ``cross`` and ``factor`` [batch, cols],
+    ``partial`` [slabs, 2, cols] and ``chunk_sums`` [chunks, batch, rows] are in the math dtype.
+    """
+
+    sums: int = 0
+    matrices: int = 0
+    part_sums: int = 0
+    lines: int = 0
+    cross: int = 0
+    factor: int = 0
+    partial: int = 0
+    chunk_sums: int = 0
+    end: int = field(default=0)
+
+
+def scratch_of(pieces: Pieces, itemsize: int, begin: int) -> Scratch:
+    """Lay out the sums of a tensor from ``begin`` on, each array on a cache line of its own."""
+    g, s = pieces.geometry, Scratch(end=begin)
+
+    def place(count: int, size: int) -> int:
+        start, s.end = s.end, s.end + -(-count * size // 128) * 128
+        return start
+
+    s.sums = place(3 * pieces.units, 8)
+    if g.form is Form.FACTORED:
+        s.matrices = place(3 * g.batch, 8)
+        s.part_sums = place(8 * g.batch * pieces.parts, 8)
+        s.lines = place(g.batch * g.rows, itemsize)
+        s.cross = place(g.batch * g.cols, itemsize)
+        s.factor = place(g.batch * g.cols, itemsize)
+        s.partial = place(2 * g.slabs * g.cols if pieces.merges else 0, itemsize)
+        s.chunk_sums = place(
+            pieces.chunks * g.batch * g.rows if pieces.chunks > 1 else 0, itemsize
+        )
+    return s
+
+
+Item = tuple[ItemKind, int, int]
+Ticket = list[Item]
+
+# Kinds in the order of an update. Each is a launch of its own where items do not wait.
+FIRST_SWEEP = (ItemKind.CHUNK, ItemKind.STATS)
+AFTERWARDS = (
+    ItemKind.MERGE,
+    ItemKind.FINALIZE,
+    ItemKind.UPDATE_RMS,
+    ItemKind.MEASURE,
+    ItemKind.APPLY,
+)
+
+
+def waves_of(sizes: Sequence[int], wave_bytes: int) -> list[list[int]]:
+    """Neighbours in groups of up to so many bytes; what is larger is by itself."""
+    waves: list[list[int]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if size > room:
+            waves.append([])
+            room = wave_bytes
+        waves[-1].append(number)
+        room -= size
+    return waves
+
+
+def kinds_of(phases: Sequence[Phase]) -> tuple[ItemKind, ...]:
+    """What the items of these phases do, in order."""
+    if Phase.APPLY not in phases:
+        return (*FIRST_SWEEP, ItemKind.TOTAL)
+    return (*FIRST_SWEEP, *AFTERWARDS) if Phase.STATS in phases else AFTERWARDS
+
+
+def tickets_of(
+    pieces: Sequence[Pieces],
+    waves: Sequence[Sequence[int]],
+    kinds: Sequence[ItemKind],
+    tuning: Tuning,
+) -> list[Ticket]:
+    """Tickets in order, for programs that wait for each other.
+
+    The second sweep of a wave comes after the first sweep of the next one, so that nobody waits for
+    sums that are still being taken, and goes backwards, latest read first. A small tensor is one
+    ticket.
+    """
+    first = [kind for kind in kinds if kind in FIRST_SWEEP]
+    second = [kind for kind in kinds if kind not in FIRST_SWEEP]
+    tickets: list[Ticket] = []
+    waiting: Sequence[int] = ()
+    for wave in waves:
+        for number in wave:
+            if pieces[number].whole:
+                tickets.append([i for kind in kinds for i in _items(pieces, number, kind)])
+        large = [number for number in wave if not pieces[number].whole]
+        tickets += [t for number in large for t in _first_sweep(pieces, number, first)]
+        tickets += _second_sweep(pieces, waiting, second, tuning)
+        waiting = large
+    return tickets + _second_sweep(pieces, waiting, second, tuning)
+
+
+def launches_of(
+    pieces: Sequence[Pieces], kinds: Sequence[ItemKind], tuning: Tuning
+) -> Iterator[list[Ticket]]:
+    """Tickets launch by launch, for programs that do not wait: first small tensors, then by kind."""
+    everything = range(len(pieces))
+    whole = [number for number in everything if pieces[number].whole]
+    large = [number for number in everything if not pieces[number].whole]
+    yield [[i for kind in kinds for i in _items(pieces, number, kind)] for number in whole]
+    for kind in kinds:
+        yield _of_kind(pieces, large, kind, tuning)
+
+
+def _items(pieces: Sequence[Pieces], number: int, kind: ItemKind) -> list[Item]:
+    """Items of one kind of one tensor, in order."""
+    p = pieces[number]
+    count = p.units
+    if kind is ItemKind.MERGE:
+        count = p.merges
+    elif kind in (ItemKind.FINALIZE, ItemKind.TOTAL):
+        count = 1
+    elif kind is ItemKind.CHUNK:
+        count = count if p.chunks > 1 else 0
+    elif kind is ItemKind.UPDATE_RMS:
+        count = count if p.third_sweep else 0
+    elif kind is ItemKind.MEASURE:
+        count = 1 if p.third_sweep else 0
+    units = range(count)
+    return [(kind, number, u) for u in (reversed(units) if kind is ItemKind.APPLY else units)]
+
+
+def _first_sweep(pieces: Sequence[Pieces], number: int, kinds: Sequence[ItemKind]) -> list[Ticket]:
+    """Of one tensor; a unit's chunks are summed well before it is its turn."""
+    chunks, stats = (
+        _items(pieces, number, kind) if kind in kinds else [] for kind in FIRST_SWEEP
+    )
+    ahead = min(len(chunks), 16 * pieces[number].chunks)
+    items = chunks[:ahead]
+    for place, item in enumerate(stats):
+        items += chunks[ahead + place : ahead + place + 1]
+        items.append(item)
+    return [[item] for item in items]
+
+
+def _second_sweep(
+    pieces: Sequence[Pieces], numbers: Sequence[int], kinds: Sequence[ItemKind], tuning: Tuning
+) -> list[Ticket]:
+    return [ticket for kind in kinds for ticket in _of_kind(pieces, numbers, kind, tuning)]
+
+
+def _of_kind(
+    pieces: Sequence[Pieces], numbers: Sequence[int], kind: ItemKind, tuning: Tuning
+) -> list[Ticket]:
+    """Of many tensors; the second sweep takes the last of them first."""
+    tickets: list[Ticket] = []
+    for number in reversed(numbers) if kind is ItemKind.APPLY else numbers:
+        together = kind is ItemKind.UPDATE_RMS and pieces[number].third_sweep == "seldom"
+        size = tuning.rms_units if together else 1
+        items = _items(pieces, number, kind)
+        tickets += [items[i : i + size] for i in range(0, len(items), size)]
+    return tickets
