@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from tests.poison import poison
 # Set by `make gpu`.
 _LOG = os.environ.get("FUSED_ADAFACTOR_TEST_LOG")
 _UNTIL = float(os.environ.get("FUSED_ADAFACTOR_TEST_UNTIL", "inf"))
+_SHARD = os.environ.get("FUSED_ADAFACTOR_TEST_SHARD")  # "number/count", of several processes
 _LONGEST = float(os.environ.get("FUSED_ADAFACTOR_TEST_LONGEST", "0"))  # seconds; a hang beyond
 
 
@@ -41,8 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.gpu)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if _SHARD is not None:
+        number, count = map(int, _SHARD.split("/"))
+        items[:] = [item for place, item in enumerate(items) if place % count == number]
     items[:] = [item for item in items if item.nodeid not in done]
-    if _UNTIL < float("inf"):
+    if math.isfinite(_UNTIL):
         items[:] = _in_turn(items)
 
 
