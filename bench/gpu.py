@@ -185,7 +185,7 @@ def _shard(run: Run, number: int, env: Mapping[str, str]) -> dict[str, dict[str,
         "FUSED_ADAFACTOR_TEST_LOG": str(log),
         "FUSED_ADAFACTOR_TEST_SHARD": f"{number}/{run.shards}",
     }
-    chosen = ["-k", "tiny or vectors or stochastic or steady"] if run.dry else []
+    chosen = ["-k", "tiny-hf or average or plain-hf"] if run.dry else []
     for _ in range(1 + _RESTARTS):
         left = until - time.time()
         if left <= 0:
@@ -289,14 +289,14 @@ def _bench(
 def targets(run: Run) -> tuple[str, str]:
     """The cases that have targets, in detail."""
     if run.dry:
-        return _bench(run, "targets", ["lora-32-pairs"], 0.5, "--detail", seconds=0.1)
+        return _bench(run, "targets", ["gpu-1mb"], 0.5, "--detail", seconds=0.1)
     return _bench(run, "targets", _TARGETS, 0.36, "--detail", seconds=1.5)
 
 
 def everyday(run: Run) -> tuple[str, str]:
     """The cases of ``make bench``."""
     if run.dry:
-        return _bench(run, "everyday", ["300-vectors-1024"], 0.5, seconds=0.01)
+        return _bench(run, "everyday", ["1024x1024"], 0.5, seconds=0.01)
     return _bench(run, "everyday", _EVERYDAY, 0.2, seconds=0.7)
 
 

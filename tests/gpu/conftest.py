@@ -26,6 +26,7 @@ from tests.poison import poison
 # Set by `make gpu`.
 _LOG = os.environ.get("FUSED_ADAFACTOR_TEST_LOG")
 _UNTIL = float(os.environ.get("FUSED_ADAFACTOR_TEST_UNTIL", "inf"))
+_DEVICE_LOST = 3
 _SHARD = os.environ.get("FUSED_ADAFACTOR_TEST_SHARD")  # "number/count", of several processes
 _LONGEST = float(os.environ.get("FUSED_ADAFACTOR_TEST_LONGEST", "0"))  # seconds; a hang beyond
 
@@ -98,11 +99,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             seconds=round(report.duration, 3),
             message=message[-4000:],
         )
-    if report.failed and device.ON_GPU:
+    if report.failed and device.ON_GPU and _LOG is not None:
         try:
             torch.cuda.synchronize()
-        except RuntimeError as error:
-            pytest.exit(f"the device is lost: {error}", returncode=3)
+        except RuntimeError:
+            # Nothing works on the device in this process any more, not even taking fixtures down.
+            os._exit(_DEVICE_LOST)
 
 
 def pytest_runtest_logfinish() -> None:

@@ -51,7 +51,7 @@ def test_a_dry_run_goes_through_every_part(
         "compiled": "skipped",
     }
     (row,) = summary["targets"]
-    assert row["case"] == "lora-32-pairs"
+    assert row["case"] == "gpu-1mb"
     assert row["failed"] is None
     assert row["ours_ms"] / row["floor_ms"] == row["over_floor"] > 0
     device = json.loads((tmp_path / "device-cpu.json").read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def test_a_dry_run_goes_through_every_part(
         lines = (tmp_path / f"{part}-cpu.jsonl").read_text(encoding="utf-8").splitlines()
         assert any(json.loads(line)["outcome"] == "passed" for line in lines)
     printed = capsys.readouterr().out
-    assert "lora-32-pairs" in printed
+    assert "gpu-1mb" in printed
     assert "ours/floor" in printed
 
 
@@ -159,19 +159,54 @@ def test_last(number):
 """
 
 
+LOST_TESTS = """
+import torch
+
+from tests.gpu import device
+
+
+def test_loses_the_device(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    device.ON_GPU, torch.cuda.synchronize = True, lost
+    raise RuntimeError("CUDA error")
+
+
+def test_behind_it():
+    assert not device.ON_GPU
+"""
+
+
+def outcome_of(tests: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[gpu.Run, str]:
+    """Take tests of one's own as those of the GPU; the run, and the note of it."""
+    file = folder / "tests" / "test_hard.py"
+    file.parent.mkdir()
+    file.write_text(tests, encoding="utf-8")
+    command = [part for part in gpu._PYTEST if part != "tests/gpu"]
+    plugin = ["-p", "tests.gpu.conftest", "--rootdir", str(file.parent), str(file)]
+    monkeypatch.setattr(gpu, "_PYTEST", (*command, *plugin))
+    monkeypatch.setattr(gpu, "_LONGEST_TEST", 2.0)
+    run = new_run(folder, seconds=200.0, dry=False)
+    status, note = gpu.correctness(run)
+    assert status == "failed"
+    return run, note
+
+
+def test_tests_are_taken_up_in_a_new_process_where_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What comes behind an illegal access fails in the same process, whatever it is."""
+    _, note = outcome_of(LOST_TESTS, monkeypatch, tmp_path)
+    head, failure = note.splitlines()
+    assert head.endswith("1 failed, 1 passed")
+    assert failure.endswith("test_loses_the_device: E       RuntimeError: CUDA error")
+
+
 def test_tests_are_taken_up_behind_one_that_hangs_or_dies(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tests = tmp_path / "tests" / "test_hard.py"
-    tests.parent.mkdir()
-    tests.write_text(HARD_TESTS, encoding="utf-8")
-    command = [part for part in gpu._PYTEST if part != "tests/gpu"]
-    plugin = ["-p", "tests.gpu.conftest", "--rootdir", str(tests.parent), str(tests)]
-    monkeypatch.setattr(gpu, "_PYTEST", (*command, *plugin))
-    monkeypatch.setattr(gpu, "_LONGEST_TEST", 2.0)
-    run = new_run(tmp_path, seconds=200.0, dry=False)
-    status, note = gpu.correctness(run)
-    assert status == "failed"
+    run, note = outcome_of(HARD_TESTS, monkeypatch, tmp_path)
     head, *failures = note.splitlines()
     assert head.endswith("3 failed, 4 passed")
     assert [failure.partition("::")[2] for failure in failures] == [
