@@ -226,6 +226,55 @@ def test_tests_that_had_no_time_are_a_failure() -> None:
     assert gpu._verdict({})[0] == "failed"
 
 
+def test_tests_that_cannot_be_collected_are_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, note = outcome_of("import nothing_of_this_name", monkeypatch, tmp_path)
+    assert "exit status 2, between two tests" in note
+    capsys.readouterr()
+
+
+TOOL = """#!{python}
+import pathlib, sys, time
+pathlib.Path({log!r}).open("a").write(" ".join(sys.argv[1:]) + "\\n")
+check = sys.argv[sys.argv.index("--tool") + 1]
+sys.exit({memcheck} if check == "memcheck" else {racecheck})
+"""
+
+
+@pytest.mark.parametrize(
+    ("memcheck", "racecheck", "expected"),
+    [
+        (0, 0, ("passed", "memcheck: clean, racecheck: clean")),
+        (9, 0, ("failed", "memcheck: exit status 9, racecheck: clean")),
+        (0, 9, ("failed", "memcheck: clean, racecheck: exit status 9")),
+        (0, "time.sleep(60)", ("passed", "memcheck: clean, racecheck: out of time")),
+    ],
+)
+def test_the_sanitizer_checks_a_few_steps(
+    memcheck: Any,
+    racecheck: Any,
+    expected: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    tool, log = tmp_path / "compute-sanitizer", tmp_path / "log"
+    fields = {"python": sys.executable, "log": str(log)}
+    tool.write_text(TOOL.format(memcheck=memcheck, racecheck=racecheck, **fields))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    right = gpu.Run.command
+    monkeypatch.setattr(  # the steps by themselves are tried out elsewhere
+        gpu.Run,
+        "command",
+        lambda self, part, command, *rest: (
+            0 if command[0] == sys.executable else right(self, part, command, *rest)
+        ),
+    )
+    assert gpu.sanitizer(new_run(tmp_path, seconds=50.0)) == expected
+    assert all("tests.gpu.few_steps" in line for line in log.read_text().splitlines())
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
