@@ -397,6 +397,8 @@ def test_detail_has_host_and_device_apart_and_ours_with_other_arguments(
         assert min(time for time in apart.values() if time is not None) > 0
     assert "Ours, host and device apart, ms:" in capsys.readouterr().out
     read = record.read(tmp_path / "bench.json")
+    assert read.cases[0].device_times is not None
+    assert read.cases[0].device_times[OURS].host_ms == case["device_times"][OURS]["host_ms"]
     read.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "bench.json").read_bytes()
 
