@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target installs what it needs into .venv by itself.
 
 PYTHON ?= python3# the interpreter that .venv is made from, 3.10 or newer
-ARGS ?=#           passed on by test, demo, bench and micro: make test ARGS="-k keras"
+ARGS ?=#           passed on by test, demo, bench, micro and gpu: make test ARGS="-k keras"
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -11,7 +11,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/parity/test_shapes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint type arch fmt test test-asan demo bench micro ci clean
+.PHONY: help setup build lint type arch fmt test test-asan demo bench micro gpu ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ bench: .venv/.stamp-run ## measure it on this machine
 
 micro: .venv/.stamp-dev ## time what surrounds the arithmetic, with pytest-benchmark
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# With the machine's own Python, torch, Triton and pytest; no .venv.
+gpu: ## check and measure all of it on a GPU: ten minutes, no install (records in gpu-output/, or OUT=DIR)
+	PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
 
 ci: lint type arch test ## what must pass before a change lands
 

@@ -1,8 +1,7 @@
 """What every test stands on: a fixed seed, poisoned scratch memory, settings put back."""
 
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 # Read when the peers are imported, so set before any test module is.
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from fused_adafactor import backends
+from tests.poison import poison
 
 SEED = 20180411
 
@@ -48,32 +48,7 @@ def _restore_default_dtype() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-# torch's own fill of uninitialised memory works in deterministic mode only, and that mode changes
-# which kernels run.
-_UNINITIALISED = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-    (torch.Tensor, "new_empty_strided"),
-)
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(allocate)
-    def poison(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        has_nan = tensor.is_floating_point() or tensor.is_complex()
-        if has_nan and tensor.layout is torch.strided:
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return poison
-
-
 @pytest.fixture(autouse=True)
 def _nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what torch leaves uninitialised with NaN: reading it before writing it then shows."""
-    for owner, name in _UNINITIALISED:
-        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    poison(monkeypatch)

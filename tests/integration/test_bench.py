@@ -375,3 +375,99 @@ def test_commit_of_somebody_elses_checkout_is_not_ours(
     assert commit is not None
     assert len(commit) == 40
     assert dirty is True
+
+
+# --- in detail, and within a time ----------------------------------------------------------------
+
+
+# So long that nothing of this size is left out for being slow.
+DETAIL = ("--case", "stack", "--detail", "--seconds", "0.2")
+
+
+def test_detail_has_host_and_device_apart_and_ours_with_other_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case,) = measured(tmp_path / "bench.json", *DETAIL)["cases"]
+    variants = {peers.UNSCALED, peers.CLIPPED, peers.TORCH_CLIPPED}
+    assert set(case["times"]) == set(case["device_times"]) == NAMES | variants
+    assert case["absent"] == {}
+    for name, apart in case["device_times"].items():
+        captured = name in (OURS, YARDSTICK, peers.UNSCALED, peers.CLIPPED, *ROOFS)
+        assert (apart["graph_ms"] is not None) is captured
+        assert min(time for time in apart.values() if time is not None) > 0
+    assert "Ours, host and device apart, ms:" in capsys.readouterr().out
+    read = record.read(tmp_path / "bench.json")
+    assert read.cases[0].device_times is not None
+    assert read.cases[0].device_times[OURS].host_ms == case["device_times"][OURS]["host_ms"]
+    read.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "bench.json").read_bytes()
+
+
+def test_detail_checks_the_rule_without_the_scale_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = bench.check_parity
+    monkeypatch.setattr(
+        bench, "check_parity", lambda *a, unscaled=False: wrong() if unscaled else right(*a)
+    )
+    path = tmp_path / "bench.json"
+    assert run_bench("--case", "stack", "--json", str(path)) == 0
+    assert run_bench("--case", "stack", "--detail", "--json", str(path)) == 1
+
+
+def test_who_fails_apart_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        bench, "measure_device", lambda *args: ({}, {OURS: "RuntimeError: out of order"})
+    )
+    (case,) = measured(tmp_path / "bench.json", *DETAIL)["cases"]
+    assert case["absent"] == {f"{OURS}, apart": "RuntimeError: out of order"}
+
+
+def test_a_case_that_fails_within_a_time_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, path = bench.time_case, tmp_path / "bench.json"
+
+    def fail_for_the_stack(case: Case, *rest: Any) -> Any:
+        if case.name == "stack":
+            raise RuntimeError("out of memory\nwith details")
+        return right(case, *rest)
+
+    monkeypatch.setattr(bench, "time_case", fail_for_the_stack)
+    with pytest.raises(RuntimeError):
+        run_bench("--full")
+    assert run_bench("--full", "--within", "60", "--json", str(path)) == 1
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    assert [(case["case"], case["failed"]) for case in cases] == [
+        *[("tiny", None)] * 2,
+        ("stack", "RuntimeError: out of memory"),
+        ("big", None),
+    ]
+    assert "FAILED: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+def test_no_case_starts_after_the_time(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    assert len(measured(path, "--full", "--within", "1e-9")["cases"]) == 0
+
+
+def test_cases_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, seen = tmp_path / "bench.json", []
+    right = bench.check_parity
+
+    def look(*args: Any) -> Parity:
+        text = path.read_text(encoding="utf-8")
+        seen.append(len(json.loads(text)["cases"]) if text else 0)
+        return right(*args)
+
+    monkeypatch.setattr(bench, "check_parity", look)
+    measured(path, "--full")
+    assert seen == [0, 1, 2, 3]
+
+
+def test_gpu_cases_are_for_who_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_gpu = (Case("gpu-tiny", "gpu", ((3, 2),)),)
+    monkeypatch.setattr(bench, "GPU_CASES", on_gpu)
+    path = tmp_path / "bench.json"
+    assert "gpu-tiny" not in {c["case"] for c in measured(path, "--full")["cases"]}
+    assert [c["case"] for c in measured(path, "--case", "gpu")["cases"]] == ["gpu-tiny"]

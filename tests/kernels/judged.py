@@ -1,4 +1,4 @@
-"""Steps of the C++ backend, each compared with the reference in float64 from the same start."""
+"""Steps of a backend, each compared with the reference in float64 from the same start."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ def growth(shape: Sequence[int]) -> float:
 
 
 class Judged:
-    """Parameters stepped by the C++ backend, and by the reference in float64.
+    """Parameters stepped by a backend where they are, and by the reference in float64 on the CPU.
 
     Before each step the reference takes over all values, so that a bound is that of one step.
 
     Args:
         dialect: Which optimizer.
-        params: The parameters.
+        params: The parameters, on the device of the backend.
+        judge_kwargs: As kwargs, where the reference needs others.
+        backend: Who is judged.
         kwargs: For the optimizer.
-        judge_kwargs: Likewise, where the reference needs others.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Judged:
         dialect: Dialect,
         params: Sequence[Tensor],
         judge_kwargs: Mapping[str, Any] | None = None,
+        backend: str = "cpp",
         **kwargs: Any,
     ) -> None:
-        self.ours = dialect(params, backend="cpp", **kwargs)
-        twins = [torch.nn.Parameter(p.detach().to(F64, copy=True).contiguous()) for p in params]
+        self.ours = dialect(params, backend=backend, **kwargs)
+        twins = [torch.nn.Parameter(_taken_over(p).contiguous()) for p in params]
         self.judge = dialect(twins, backend="reference", **{**kwargs, **(judge_kwargs or {})})
         self.normwise = False
 
@@ -81,8 +83,8 @@ class Judged:
         for (p, q), g in zip(self.pairs, grads, strict=True):
             p.grad_dtype = None  # any
             p.grad = g
-            q.grad = None if g is None else g.to(F64, copy=True)
-            state = {k: v.to(F64, copy=True) for k, v in self.ours.state.get(p, {}).items()}
+            q.grad = None if g is None else _taken_over(g)
+            state = {k: _taken_over(v) for k, v in self.ours.state.get(p, {}).items()}
             before.append((q.detach().clone(), state))
         self.ours.step()
         self.judge.step()
@@ -131,6 +133,11 @@ class Judged:
                     self.judge.state[q][key].copy_(value)
 
 
+def _taken_over(values: Tensor) -> Tensor:
+    """A copy in float64 on the CPU."""
+    return values.detach().to("cpu", F64, copy=True)
+
+
 def assert_within(ours: Tensor, wanted: Tensor, allowed: Tensor, what: str) -> None:
     """Every element within its own bound; what is not finite must be the same."""
     a, b = ours.detach().double().cpu(), wanted.detach().double()
@@ -151,9 +158,10 @@ def params_in(
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     lay_out: Callable[[Tensor], Tensor] = lambda values: values,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Normal parameters, laid out in some way."""
-    drawn = [p.detach().to(dtype) for p in make_params(shapes, F64)]
+    drawn = [p.detach().to(dtype) for p in make_params(shapes, F64, seed)]
     return [torch.nn.Parameter(lay_out(p).detach()) for p in drawn]
 
 

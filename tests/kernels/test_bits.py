@@ -12,8 +12,8 @@ from torch import Tensor
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests import stepping
 from tests.dialects import HF, KERAS, OPTAX, Dialect
+from tests.kernels.biting import RULES, draw
 from tests.kernels.judged import BF16, F16, F32, params_in
-from tests.kernels.test_biting_shapes import RULES, draw
 from tests.stepping import params_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa")

@@ -13,8 +13,8 @@ from torch import Tensor
 from fused_adafactor.factoring import Factoring, View
 from tests import stepping
 from tests.dialects import HF, KERAS, OPTAX, TORCH
+from tests.kernels.biting import EVERY_RULE, RULES, draw, judged
 from tests.kernels.judged import BF16, F16, F32, F64, Judged, eps_of, params_in
-from tests.kernels.test_biting_shapes import EVERY_RULE, RULES, draw, judged
 
 pytestmark = pytest.mark.usefixtures("isa")
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +18,11 @@ from pathlib import Path
 import torch
 
 from fused_adafactor import Adafactor, backends
-from fused_adafactor.cli.bench.cases import CASES, Case, choose, names
+from fused_adafactor.cli.bench.cases import CASES, GPU_CASES, Case, choose, names
+from fused_adafactor.cli.bench.device_time import measure_device
 from fused_adafactor.cli.bench.measure import time_case
 from fused_adafactor.cli.bench.memory import measure_memory
-from fused_adafactor.cli.bench.parity import check_parity
+from fused_adafactor.cli.bench.parity import Parity, check_parity
 from fused_adafactor.cli.bench.peers import OURS, TORCH_PATHS, Candidate, candidates
 from fused_adafactor.cli.bench.plot import save_plots
 from fused_adafactor.cli.bench.record import CaseRecord, Record, case_record, empty_record, read
@@ -37,15 +41,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     measuring.add_argument(
         "--case",
         action="append",
-        choices=names(CASES),
+        choices=names((*CASES, *GPU_CASES)),
         metavar="NAME",
-        help=f"only this case or group, repeatable: {', '.join(names(CASES))}",
+        help=f"only this case or group, repeatable: {', '.join(names((*CASES, *GPU_CASES)))}",
     )
     measuring.add_argument("--full", action="store_true", help="the big cases too: some minutes")
     measuring.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile of torch's too, in cases of few tensors; needs a C++ compiler",
+    )
+    measuring.add_argument(
+        "--detail",
+        action="store_true",
+        help="host and device time apart and steps in a CUDA graph too, and ours with other "
+        "arguments: without the parameter's scale, with clipping by the norm",
+    )
+    measuring.add_argument(
+        "--within",
+        type=_positive,
+        metavar="S",
+        help="start no case after so many seconds, and go on where one fails",
     )
     measuring.add_argument("--backend", choices=backends.REQUESTS, default="auto", help="of ours")
     measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
@@ -128,17 +144,28 @@ def _put_out(args: argparse.Namespace, record: Record) -> None:
 
 
 def _measure(args: argparse.Namespace) -> Record:
-    everybody = candidates(args.backend, args.compile)
+    everybody = candidates(args.backend, args.compile, args.detail)
     absent = {c.name: c.missing for c in everybody if c.missing is not None}
     record = empty_record(torch.device(args.device), args.backend, absent)
-    cases = _measure_all(args, [c for c in everybody if c.name not in absent])
+
+    def keep(cases: list[CaseRecord]) -> None:
+        """What is measured is measured, whatever ends the run."""
+        if args.json is not None:
+            replace(record, cases=cases).write(args.json)
+
+    cases = _measure_all(args, [c for c in everybody if c.name not in absent], keep)
     return replace(record, cases=cases)
 
 
-def _measure_all(args: argparse.Namespace, contestants: Sequence[Candidate]) -> list[CaseRecord]:
-    chosen = choose(CASES, args.case, args.full)
+def _measure_all(
+    args: argparse.Namespace,
+    contestants: Sequence[Candidate],
+    keep: Callable[[list[CaseRecord]], None],
+) -> list[CaseRecord]:
+    chosen = choose((*GPU_CASES, *CASES) if args.case else CASES, args.case, args.full)
     pairs = [(case, dtype) for case in chosen for dtype in case.dtypes]
-    records = []
+    until = math.inf if args.within is None else time.monotonic() + args.within
+    records: list[CaseRecord] = []
     with ProgressBar(len(pairs) * _TICKS, "measuring") as progress:
         shown = 0
 
@@ -149,12 +176,21 @@ def _measure_all(args: argparse.Namespace, contestants: Sequence[Candidate]) -> 
             shown = ticks
 
         for number, (case, dtype) in enumerate(pairs):
+            if time.monotonic() > until:
+                break
             note = f"{case.name} {str(dtype).removeprefix('torch.')}"
 
             def on_progress(share: float, number: int = number, note: str = note) -> None:
                 show(number * _TICKS + int(share * _TICKS), note)
 
-            records.append(_measure_case(case, dtype, args, contestants, on_progress))
+            try:
+                records.append(_measure_case(case, dtype, args, contestants, on_progress))
+            except Exception as error:
+                if args.within is None:
+                    raise
+                traceback.print_exc()
+                records.append(_failed(case, dtype, error))
+            keep(records)
             on_progress(1.0)  # a failed check has no rounds
     return records
 
@@ -170,12 +206,29 @@ def _measure_case(
     device = torch.device(args.device)
     plan = _plan_in_a_line(case, dtype, args)
     parity = check_parity(case, dtype, device, args.backend)
+    if parity.passed and args.detail:
+        parity = max(
+            parity,
+            check_parity(case, dtype, device, args.backend, unscaled=True),
+            key=lambda check: check.share,
+        )
     if not parity.passed:
         return case_record(case, dtype, plan, parity, times=None, memory=None)
     times = time_case(case, dtype, device, contestants, args.seconds, on_progress)
     counted = [c for c in contestants if c.name in (OURS, *TORCH_PATHS)]
     memory = measure_memory(counted, case, dtype, device)
-    return case_record(case, dtype, plan, parity, times, memory)
+    if not args.detail:
+        return case_record(case, dtype, plan, parity, times, memory)
+    own = [c for c in contestants if not c.compiled and c.needs is None]
+    apart, failed = measure_device(own, case, dtype, device, args.seconds)
+    times.absent.update({f"{name}, apart": reason for name, reason in failed.items()})
+    return case_record(case, dtype, plan, parity, times, memory, apart)
+
+
+def _failed(case: Case, dtype: torch.dtype, error: Exception) -> CaseRecord:
+    reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    parity = Parity(error=None, bound=0.0)
+    return case_record(case, dtype, "", parity, times=None, memory=None, failed=reason)
 
 
 def _plan_in_a_line(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fused_adafactor import Adafactor
 from fused_adafactor.cli.bench.cases import Case, draw
+from fused_adafactor.dialects import hf
 
 _LR = 1.0  # moves a parameter by about its own size, so that rounding it hides little
 _STEPS = 2  # the second is the first that reads old moments
@@ -44,17 +45,36 @@ class Parity:
         return math.inf if self.error is None else self.error / self.bound
 
 
-def check_parity(case: Case, dtype: torch.dtype, device: torch.device, backend: str) -> Parity:
-    """Step ours in its dtype, and the reference backend on the CPU in float64.
+def check_parity(
+    case: Case, dtype: torch.dtype, device: torch.device, backend: str, unscaled: bool = False
+) -> Parity:
+    """Step ours in its dtype, and the reference backend in float64.
 
-    Both start every step from the same parameters, so that an error is one step's.
+    Both start every step from the same parameters, so that an error is one step's. The reference
+    steps on the CPU, or on a GPU itself, where a gigabyte would take a CPU minutes.
+
+    Args:
+        case: What to step.
+        dtype: Of parameters and gradients of ours.
+        device: Where.
+        backend: Of ours.
+        unscaled: transformers' rule without the parameter's scale, in place of torch's.
     """
+    home = device if device.type == "cuda" else torch.device("cpu")
     params = [nn.Parameter(tensor) for tensor in draw(case, dtype, device, seed=0)]
-    ours = Adafactor(params, lr=_LR, backend=backend)
     # Left to itself, eps1 would be that of float64; and a tensor each saves memory.
     eps = (torch.finfo(dtype).eps, 1e-3)
-    twins = [nn.Parameter(param.detach().cpu().double()) for param in params]
-    oracles = [Adafactor([t], lr=_LR, eps=eps, backend="reference") for t in twins]
+
+    def make(params: list[nn.Parameter], backend: str) -> torch.optim.Optimizer:
+        if unscaled:
+            return hf.Adafactor(
+                params, lr=_LR, relative_step=False, scale_parameter=False, backend=backend
+            )
+        return Adafactor(params, lr=_LR, eps=eps, backend=backend)
+
+    ours = make(params, backend)
+    twins = [nn.Parameter(param.detach().to(home, torch.float64)) for param in params]
+    oracles = [make([twin], "reference") for twin in twins]
     checks = []
     for step in range(_STEPS):
         for param, grad in zip(params, draw(case, dtype, device, seed=1 + step), strict=True):
@@ -63,10 +83,11 @@ def check_parity(case: Case, dtype: torch.dtype, device: torch.device, backend: 
         for param, twin, oracle in zip(params, twins, oracles, strict=True):
             assert param.grad is not None
             before = twin.detach().clone()
-            twin.grad = param.grad.cpu().double()
+            twin.grad = param.grad.to(home, torch.float64)
             oracle.step()
             twin.grad = None
-            checks.append(_compare(param.detach().cpu().double(), twin.detach(), before, dtype))
+            got = param.detach().to(home, torch.float64)
+            checks.append(_compare(got, twin.detach(), before, dtype))
             twin.data.copy_(param.detach())
     return max(checks, key=lambda check: check.share)
 

@@ -16,6 +16,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from fused_adafactor import Adafactor
 from fused_adafactor.cli.bench.cases import Case
+from fused_adafactor.dialects import hf
 
 Params = list[nn.Parameter]
 Step = Callable[[], object]
@@ -31,7 +33,11 @@ OURS = "fused_adafactor"
 TORCH_PATHS = ("torch.optim.Adafactor for-loop", "torch.optim.Adafactor foreach")
 YARDSTICK = "torch.optim.AdamW fused"
 COMPILED = "torch.compile of torch.optim.Adafactor"
+UNSCALED = "fused_adafactor.dialects.hf unscaled"
+CLIPPED, TORCH_CLIPPED = "fused_adafactor.max_grad_norm", "clip_grad_norm_ + torch.optim.foreach"
 
+# Above every norm, so that gradients that all share are multiplied by 1, which takes as long.
+_MAX_NORM = 1e12
 _LR = 1e-3  # so small that hundreds of steps on one gradient leave ordinary numbers
 # Every tensor adds its operations to the graph, and compiling takes longer than in proportion.
 _MOST_COMPILED_TENSORS = 8
@@ -46,17 +52,23 @@ class Candidate:
         make: Makes it from the parameters.
         needs: A distribution that may not be installed, imported by ``make`` only.
         compiled: Its step is compiled first.
+        variant: It is ours, or torch's, with other arguments than the one that is compared.
+        clips: Gradients are clipped by their common norm before its step.
+        capturable: Makes one that steps inside a CUDA graph, if it can do so.
     """
 
     name: str
     make: Callable[[Params], torch.optim.Optimizer]
     needs: str | None = None
     compiled: bool = False
+    variant: bool = False
+    clips: bool = False
+    capturable: Callable[[Params], torch.optim.Optimizer] | None = None
 
     @property
     def optional(self) -> bool:
         """Where it fails or takes too long, that is reported and the others are timed."""
-        return self.needs is not None or self.compiled
+        return self.needs is not None or self.compiled or self.variant
 
     @property
     def missing(self) -> str | None:
@@ -74,26 +86,67 @@ class Candidate:
     def stepper(self, params: Params) -> Step:
         """Make the optimizer, and return what does a step of it."""
         optimizer = self.make(params)
-        return _compile(optimizer) if self.compiled else optimizer.step
+        if not self.clips:
+            return _compile(optimizer) if self.compiled else optimizer.step
+
+        def clip_and_step() -> None:
+            nn.utils.clip_grad_norm_(params, _MAX_NORM, foreach=True)
+            optimizer.step()
+
+        return clip_and_step
 
 
-def candidates(backend: str, compiled: bool = False) -> tuple[Candidate, ...]:
-    """Everything that is timed, with the backend asked for in ours."""
+def candidates(
+    backend: str, compiled: bool = False, variants: bool = False
+) -> tuple[Candidate, ...]:
+    """Everything that is timed.
+
+    Args:
+        backend: Of ours.
+        compiled: torch.compile of torch's too.
+        variants: Ours without the parameter's scale and with clipping too, and torch's with it.
+    """
     for_loop, foreach = TORCH_PATHS
-    everybody = (
-        Candidate(OURS, lambda params: Adafactor(params, lr=_LR, backend=backend)),
+
+    def ours(params: Params, **options: Any) -> torch.optim.Optimizer:
+        return Adafactor(params, lr=_LR, backend=backend, **options)
+
+    def adamw(params: Params, **options: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=_LR, fused=True, **options)
+
+    everybody: tuple[Candidate, ...] = (
+        Candidate(OURS, ours, capturable=partial(ours, capturable=True)),
         Candidate(for_loop, lambda p: torch.optim.Adafactor(p, lr=_LR, foreach=False)),
         Candidate(foreach, lambda p: torch.optim.Adafactor(p, lr=_LR, foreach=True)),
-        Candidate(YARDSTICK, lambda p: torch.optim.AdamW(p, lr=_LR, fused=True)),
+        Candidate(YARDSTICK, adamw, capturable=partial(adamw, capturable=True)),
         Candidate("transformers.Adafactor", _transformers, needs="transformers"),
         Candidate("pytorch_optimizer.AdaFactor", _pytorch_optimizer, needs="pytorch_optimizer"),
         Candidate("timm.optim.Adafactor", _timm, needs="timm"),
         Candidate("timm.optim.AdafactorBigVision", _timm_big_vision, needs="timm"),
     )
-    if not compiled:
-        return everybody
-    (for_compiling,) = (c for c in everybody if c.name == foreach)
-    return (*everybody, replace(for_compiling, name=COMPILED, compiled=True))
+    (of_torch,) = (c for c in everybody if c.name == foreach)
+    if variants:
+        everybody += (
+            *_variants(backend),
+            replace(of_torch, name=TORCH_CLIPPED, variant=True, clips=True),
+        )
+    if compiled:
+        everybody += (replace(of_torch, name=COMPILED, compiled=True),)
+    return everybody
+
+
+def _variants(backend: str) -> tuple[Candidate, ...]:
+    def unscaled(params: Params, **options: Any) -> torch.optim.Optimizer:
+        options |= {"relative_step": False, "scale_parameter": False}
+        return hf.Adafactor(params, lr=_LR, backend=backend, **options)
+
+    def clipped(params: Params, **options: Any) -> torch.optim.Optimizer:
+        return Adafactor(params, lr=_LR, backend=backend, max_grad_norm=_MAX_NORM, **options)
+
+    return tuple(
+        Candidate(name, make, variant=True, capturable=partial(make, capturable=True))
+        for name, make in ((UNSCALED, unscaled), (CLIPPED, clipped))
+    )
 
 
 def _transformers(params: Params) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import torch
 
 from fused_adafactor import backends
 from fused_adafactor.cli.bench.cases import Case
+from fused_adafactor.cli.bench.device_time import DeviceTime
 from fused_adafactor.cli.bench.measure import StepTime, Times
 from fused_adafactor.cli.bench.memory import Memory
 from fused_adafactor.cli.bench.parity import Parity
@@ -61,6 +62,8 @@ class CaseRecord:
         ratios: From the medians: ``OVER_TORCH`` with the faster of torch's two paths,
             ``OVER_ADAMW``, ``OVER_FLOOR``, and "NAME / ours" of every other peer.
         memory: Of ours and torch's two paths.
+        device_times: By candidate and roof, host and device apart, where they were asked for.
+        failed: The error that ended the case, if one did.
     """
 
     case: str
@@ -76,6 +79,8 @@ class CaseRecord:
     floor: Floor | None = None
     ratios: dict[str, float] | None = None
     memory: dict[str, Memory] | None = None
+    device_times: dict[str, DeviceTime] | None = None
+    failed: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,8 @@ def _case_from(found: dict[str, Any]) -> CaseRecord:
         parts["times"] = {name: StepTime(**time) for name, time in found["times"].items()}
         parts["floor"] = Floor(**found["floor"])
         parts["memory"] = {name: Memory(**memory) for name, memory in found["memory"].items()}
+    if found.get("device_times") is not None:
+        parts["device_times"] = {n: DeviceTime(**t) for n, t in found["device_times"].items()}
     return CaseRecord(**found | parts)
 
 
@@ -144,6 +151,8 @@ def case_record(
     parity: Parity,
     times: Times | None,
     memory: dict[str, Memory] | None,
+    device_times: dict[str, DeviceTime] | None = None,
+    failed: str | None = None,
 ) -> CaseRecord:
     """Put together what was measured; no times and no memory behind a failed check."""
     parameter_bytes = case.elements * dtype.itemsize
@@ -162,6 +171,8 @@ def case_record(
         floor=floor,
         ratios=None if times is None or floor is None else _ratios(times.steps, floor),
         memory=memory,
+        device_times=device_times,
+        failed=failed,
     )
 
 

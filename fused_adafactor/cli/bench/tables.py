@@ -23,6 +23,7 @@ def as_text(record: Record) -> str:
     heads = ("case", "dtype", "ms ours", "p20 - p80", *_RATIOS, "state", "peak")
     lines = _aligned(heads, [_text_row(case) for case in record.cases])
     lines += _peer_lines(record)
+    lines += _device_lines(record)
     lines += [
         "",
         f"{_where(record)}; medians of interleaved rounds.",
@@ -75,6 +76,23 @@ def _peer_lines(record: Record) -> list[str]:
     return ["", "Time over ours:", *_aligned(("case", "dtype", *modules), [heads, *rows])]
 
 
+def _device_lines(record: Record) -> list[str]:
+    """Host and device time of ours, apart; nothing where they were not asked for."""
+    rows = [
+        (case.case, case.dtype, *(_ms(t) for t in (ours.host_ms, ours.device_ms, ours.graph_ms)))
+        for case in record.cases
+        if case.device_times is not None and (ours := case.device_times.get(OURS)) is not None
+    ]
+    if not rows:
+        return []
+    heads = ("case", "dtype", "host", "device", "in a graph")
+    return ["", "Ours, host and device apart, ms:", *_aligned(heads, rows)]
+
+
+def _ms(time: float | None) -> str:
+    return "-" if time is None else f"{time:.4f}"
+
+
 def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as they must be; a row that is shorter ends in free text."""
     whole = [heads, *(row for row in rows if len(row) == len(heads))]
@@ -93,6 +111,8 @@ def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _failure(case: CaseRecord) -> str:
+    if case.failed is not None:
+        return f"FAILED: {case.failed}"
     error = "none" if case.parity.error is None else f"{case.parity.error:.1e}"
     return f"parity FAILED: error {error}, bound {case.parity.bound:.1e}; not timed"
 

@@ -1,0 +1,1 @@
+"""What is measured beside the package. A package, so that no other can be taken for it."""
