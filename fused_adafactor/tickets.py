@@ -48,19 +48,23 @@ class Tuning:
         wave_bytes: Gradients and parameters between whose two sweeps nothing else is read: with
             the next wave, what an L2 cache holds.
         rms_units: Units of one ticket of the third sweep, where that is seldom needed.
+        merges: Parts of one ticket, where a tensor is many small matrices.
+        stages: Tiles that are on their way to a program at a time.
         warps: Of a program.
         programs_per_processor: That a GPU's multiprocessor holds.
     """
 
     cut: Cut = GPU_CUT
-    tile: int = 16_384
+    tile: int = 4096
     chunk: int = 2048
-    flat_tile: int = 8192
+    flat_tile: int = 4096
     span: int = 1024
     narrowest: int = 32
     wave_bytes: int = 8 * 2**20
     rms_units: int = 8
-    warps: int = 16
+    merges: int = 8
+    stages: int = 4
+    warps: int = 8
     programs_per_processor: int = 1
 
     def for_math(self, dtype: torch.dtype) -> Tuning:
@@ -86,7 +90,6 @@ class Pieces:
         stride: Elements from tile to tile, where lines are no matrix's.
         parts: Of a matrix.
         part_lines: Lines of a part.
-        merges: Items that add up the sums of slabs; none where a unit does it by itself.
         whole: Stepped by one program.
         third_sweep: Whether Σ u² may take one; ``seldom`` or ``often``, or None.
     """
@@ -99,7 +102,6 @@ class Pieces:
     stride: int
     parts: int
     part_lines: int
-    merges: int
     whole: bool
     third_sweep: str | None
 
@@ -107,6 +109,16 @@ class Pieces:
     def units(self) -> int:
         """Of all slabs."""
         return self.geometry.slabs * self.chunks
+
+    @property
+    def merges(self) -> int:
+        """Parts of all matrices, whose sums are added up over the slabs."""
+        return self.geometry.batch * self.parts
+
+    @property
+    def partials(self) -> int:
+        """Sums across lines: of every slab, and of every matrix of a slab."""
+        return self.geometry.batch * self.geometry.slabs_per_matrix
 
     @property
     def counters(self) -> int:
@@ -136,9 +148,7 @@ def pieces_of(
     chunk = g.cols if g.cols <= tuning.tile or not lined else tuning.chunk
     chunks = -(-g.cols // chunk)
     width = max(tuning.narrowest, _power_of_2(chunk)) if lined else 0
-    # A unit that has whole columns finishes them, unless what it has summed is not clipped yet.
-    by_itself = g.slabs_per_matrix == 1 and not norm_clipped
-    parts = chunks if by_itself else -(-g.cols // tuning.cut.merge_columns)
+    parts = -(-g.cols // tuning.cut.merge_columns)
     unit = math.lcm(max(1, math.prod(g.matrix)), tuning.cut.aligned_lines)
     third_sweep = None
     if measures and (lined or norm_clipped):
@@ -152,7 +162,6 @@ def pieces_of(
         stride=tuning.flat_tile // unit * unit if g.form is Form.TINY else tuning.flat_tile,
         parts=parts if lined else 0,
         part_lines=-(-g.rows // parts),
-        merges=g.batch * parts if lined and not by_itself else 0,
         whole=is_whole(g, tuning.cut),
         third_sweep=third_sweep,
     )
@@ -168,7 +177,7 @@ class Scratch:
 
     [x] is an array of so many: ``sums`` [units, 3], ``matrices`` [batch, 3] and ``part_sums``
     [batch, parts, 8] are float64; ``lines`` [batch, rows], ``cross`` and ``factor`` [batch, cols],
-    ``partial`` [slabs, 2, cols] and ``chunk_sums`` [chunks, batch, rows] are in the math dtype.
+    ``partial`` [partials, 2, cols] and ``chunk_sums`` [chunks, batch, rows] are in the math dtype.
     """
 
     sums: int = 0
@@ -197,7 +206,7 @@ def scratch_of(pieces: Pieces, itemsize: int, begin: int) -> Scratch:
         s.lines = place(g.batch * g.rows, itemsize)
         s.cross = place(g.batch * g.cols, itemsize)
         s.factor = place(g.batch * g.cols, itemsize)
-        s.partial = place(2 * g.slabs * g.cols if pieces.merges else 0, itemsize)
+        s.partial = place(2 * pieces.partials * g.cols, itemsize)
         s.chunk_sums = place(
             pieces.chunks * g.batch * g.rows if pieces.chunks > 1 else 0, itemsize
         )
@@ -320,8 +329,11 @@ def _of_kind(
     """Of many tensors; the second sweep takes the last of them first."""
     tickets: list[Ticket] = []
     for number in reversed(numbers) if kind is ItemKind.APPLY else numbers:
-        together = kind is ItemKind.UPDATE_RMS and pieces[number].third_sweep == "seldom"
-        size = tuning.rms_units if together else 1
+        size = 1
+        if kind is ItemKind.UPDATE_RMS and pieces[number].third_sweep == "seldom":
+            size = tuning.rms_units
+        elif kind is ItemKind.MERGE and pieces[number].geometry.slabs_per_matrix == 1:
+            size = tuning.merges
         items = _items(pieces, number, kind)
         tickets += [items[i : i + size] for i in range(0, len(items), size)]
     return tickets

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
-from fused_adafactor.backends.triton.factors import finish_columns, finish_lines
 from fused_adafactor.backends.triton.formulas import inverse, inverse_root
 from fused_adafactor.backends.triton.memory import (
     clipped,
@@ -62,11 +61,12 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
 
     ``WIDTH`` is that of a tile, which holds whole lines, or a chunk of very long ones.
     """
-    TILE_LINES: tl.constexpr = V.TILE // WIDTH
+    TILE_LINES: tl.constexpr = (V.TILE + WIDTH - 1) // WIDTH
     chunks = tl.load(row + f.CHUNKS)
     slab = unit // chunks
     chunk = unit % chunks
     rows = tl.load(row + f.ROWS)
+    per_matrix = tl.load(row + f.SLABS_PER_MATRIX)
     cols = hinted(tl.load(row + f.COLS), V)
     begin, end, block = lines_of(row, slab)
     first_col, last_col = columns_of(row, chunk)
@@ -81,7 +81,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
         last = tl.minimum(first_of_block + block, end)
         square = tl.zeros((TILE_LINES, WIDTH), V.MATH)
         weighted = tl.zeros((TILE_LINES, WIDTH), V.MATH)
-        for first in range(first_of_block, last, TILE_LINES):
+        for first in tl.range(first_of_block, last, TILE_LINES, num_stages=V.STAGES):
             line = first + tl.arange(0, TILE_LINES)
             line_mask = line < last
             mask = line_mask[:, None] & col_mask[None, :]
@@ -113,29 +113,18 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
                 weighted = tl.fma(num * num, weight[:, None], weighted)
         if V.PARAM_RMS:
             squares = tl.zeros((TILE_LINES, WIDTH), V.MATH)
-            for first in range(first_of_block, last, TILE_LINES):
+            for first in tl.range(first_of_block, last, TILE_LINES, num_stages=V.STAGES):
                 line = first + tl.arange(0, TILE_LINES)
                 mask = (line < last)[:, None] & col_mask[None, :]
                 k = (line * cols + first_col)[:, None] + column[None, :]
                 p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V)
                 squares = tl.fma(p, p, squares)
             param_sq += tl.sum(squares, 1).to(tl.float64)
-        columns_sq = tl.sum(square, 0)
-        columns_weighted = tl.sum(weighted, 0)
-        if tl.load(row + f.MERGES) > 0:
-            partial = in_scratch(row, scratch, f.PARTIAL, V.MATH) + 2 * slab * cols + first_col
-            tl.store(partial + column, columns_sq, mask=col_mask)
-            if V.WEIGHS:
-                tl.store(partial + cols + column, columns_weighted, mask=col_mask)
-        else:
-            matrix = first_of_block // rows
-            finish_columns(
-                row, rule, scratch, matrix, chunk, first_col + column, col_mask, columns_sq,
-                columns_weighted, V,
-            )  # fmt: skip
-            tl.debug_barrier()  # the lines that this program has stored are read by others of it
-            last_line = tl.where(chunk == 0, rows, 0)
-            finish_lines(row, rule, scratch, 1.0, matrix, chunk, 0, last_line, V)
+        at = first_of_block // rows * per_matrix + slab % per_matrix
+        partial = in_scratch(row, scratch, f.PARTIAL, V.MATH) + 2 * at * cols + first_col
+        tl.store(partial + column, tl.sum(square, 0), mask=col_mask)
+        if V.WEIGHS:
+            tl.store(partial + cols + column, tl.sum(weighted, 0), mask=col_mask)
     _store_sums(row, scratch, unit, tl.sum(grad_sq, 0), tl.sum(param_sq, 0), 0.0)
 
 
@@ -146,7 +135,7 @@ def sum_flat(row, rule, grad, scratch, unit, V: tl.constexpr):
     param_sq = tl.zeros((1, V.FLAT_TILE), V.MATH)
     update_sq = tl.zeros((1, V.FLAT_TILE), V.MATH)
     begin, end, step = elements_of(row, unit, V)
-    for first in range(begin, end, step):
+    for first in tl.range(begin, end, step, num_stages=V.STAGES):
         k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
         raw = read_unclipped(row, rule, grad, k, mask, V)

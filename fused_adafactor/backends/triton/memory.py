@@ -23,16 +23,22 @@ def in_scratch(row, scratch, FIELD: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def hinted(x, V: tl.constexpr):
-    """A number of elements, or of the first one, where it is a multiple of 16 in this variant."""
+    """A number of elements that is a multiple of 16 in this variant.
+
+    The compiler is told by arithmetic: a hint does not leave the function that it is given in.
+    """
     if V.ALIGNED:
-        x = tl.multiple_of(x, 16)
+        x = x // 16 * 16
     return x
 
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr, V: tl.constexpr):
-    """An address, aligned to 16 bytes in this variant."""
-    return hinted(address.to(tl.pointer_type(DTYPE)), V)
+    """An address as a pointer, aligned to 16 bytes in this variant."""
+    place = address.to(tl.pointer_type(DTYPE))
+    if V.ALIGNED:
+        place = tl.multiple_of(place, 16)
+    return place
 
 
 @triton.jit

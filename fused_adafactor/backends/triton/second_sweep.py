@@ -131,7 +131,7 @@ def apply_lines(
             if unit % chunks == 0:
                 place = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V) + line
                 tl.store(place, line_var.to(V.MOMENT), mask=here)
-            for column in range(first_col, last_col, SPAN):
+            for column in tl.range(first_col, last_col, SPAN, num_stages=V.STAGES):
                 col = hinted(column, V) + tl.arange(0, SPAN)
                 col_mask = col < hinted(last_col, V)
                 mask = here[:, None] & col_mask[None, :]

@@ -136,6 +136,7 @@ _Variant = NamedTuple(  # noqa: UP014 - its fields are those of Traits, and more
         ("TILE", int),
         ("CHUNK", int),
         ("FLAT_TILE", int),
+        ("STAGES", int),
         ("MERGE_COLS", int),
         ("MERGE_SLABS", int),
         ("VECTOR", int),
@@ -164,6 +165,7 @@ class Variant(_Variant):
         TILE: Elements of a tile in the first sweep.
         CHUNK: Columns of a chunk.
         FLAT_TILE: Elements of a tile in the second sweep.
+        STAGES: Tiles that are on their way to a program at a time.
         MERGE_COLS: Columns that are merged together.
         MERGE_SLABS: Slabs, likewise.
         VECTOR: Elements of a vector that is summed.
@@ -203,6 +205,7 @@ def variant_of(
         TILE=tuning.tile,
         CHUNK=tuning.chunk,
         FLAT_TILE=tuning.flat_tile,
+        STAGES=tuning.stages,
         MERGE_COLS=tuning.cut.merge_columns,
         MERGE_SLABS=32,
         VECTOR=1024,
