@@ -61,7 +61,8 @@ def run_item(
     chunks = tl.load(row + f.CHUNKS)
     grad = tl.load(grads + tensor)
     factor = tl.load(factors + tensor).to(V.MATH)
-    lined = tl.load(row + f.FORM) == f.FACTORED
+    form = tl.load(row + f.FORM)
+    lined = form == f.FACTORED
     if V.KINDS[f.CHUNK_KIND]:
         if kind == f.CHUNK_KIND:
             _wait_for_place(row, counters, V)
@@ -79,9 +80,12 @@ def run_item(
                     for i in tl.static_range(len(V.WIDTHS)):
                         if width == V.WIDTHS[i]:
                             sum_lines(row, rule, grad, scratch, unit, V.WIDTHS[i], V)
-            if V.FLAT:
-                if lined == 0:
-                    sum_flat(row, rule, grad, scratch, unit, V)
+            if V.UNFACTORED:
+                if form == f.UNFACTORED:
+                    sum_flat(row, rule, grad, scratch, unit, False, V)
+            if V.TINY:
+                if form == f.TINY:
+                    sum_flat(row, rule, grad, scratch, unit, True, V)
             count_up(progress + f.STATS_DONE, V)
     if V.KINDS[f.TOTAL_KIND]:
         if kind == f.TOTAL_KIND:
@@ -114,9 +118,12 @@ def run_item(
                                 measure_lines(
                                     row, rule, grad, factor, scratch, unit, V.SPANS[i], V
                                 )  # fmt: skip
-                if V.FLAT and V.NORM_CLIPPED:
-                    if lined == 0:
-                        measure_flat(row, rule, grad, factor, scratch, unit, V)
+                if V.UNFACTORED and V.NORM_CLIPPED:
+                    if form == f.UNFACTORED:
+                        measure_flat(row, rule, grad, factor, scratch, unit, False, V)
+                if V.TINY and V.NORM_CLIPPED:
+                    if form == f.TINY:
+                        measure_flat(row, rule, grad, factor, scratch, unit, True, V)
             count_up(progress + f.RMS_DONE, V)
     if V.MEASURES and V.KINDS[f.MEASURE_KIND]:
         if kind == f.MEASURE_KIND:
@@ -138,9 +145,12 @@ def run_item(
                                     row, rule, key, grad, factor, scratch, outcome, unit,
                                     V.SPANS[i], V,
                                 )  # fmt: skip
-                if V.FLAT:
-                    if lined == 0:
-                        apply_flat(row, rule, key, grad, factor, outcome, unit, V)
+                if V.UNFACTORED:
+                    if form == f.UNFACTORED:
+                        apply_flat(row, rule, key, grad, factor, outcome, unit, False, V)
+                if V.TINY:
+                    if form == f.TINY:
+                        apply_flat(row, rule, key, grad, factor, outcome, unit, True, V)
             count_up(counters + tl.load(row + f.WAVE), V)
     if V.ACCUMULATES and V.KINDS[f.ACCUMULATE_KIND]:
         if kind == f.ACCUMULATE_KIND:
@@ -232,7 +242,7 @@ def step(
         if tl.atomic_add(counters + f.PROGRAMS_DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             for first in range(0, counter_count, V.VECTOR):
                 place = first + tl.arange(0, V.VECTOR)
-                tl.store(counters + place, tl.zeros((V.VECTOR,), tl.int32), mask=place < counter_count)
+                tl.store(counters + place, tl.zeros(place.shape, tl.int32), mask=place < counter_count)
     else:
         run_ticket(
             begin + tl.program_id(0), tickets, items, table, grads, numbers, integers, factors,

@@ -124,7 +124,6 @@ _Variant = NamedTuple(  # noqa: UP014 - its fields are those of Traits, and more
         *Traits.__annotations__.items(),
         ("WEIGHS", bool),
         ("LINES", bool),
-        ("FLAT", bool),
         ("UNFACTORED", bool),
         ("TINY", bool),
         ("CHUNKED", bool),
@@ -136,6 +135,7 @@ _Variant = NamedTuple(  # noqa: UP014 - its fields are those of Traits, and more
         ("TILE", int),
         ("CHUNK", int),
         ("FLAT_TILE", int),
+        ("TINY_TILE", int),
         ("STAGES", int),
         ("MERGE_COLS", int),
         ("MERGE_SLABS", int),
@@ -153,9 +153,8 @@ class Variant(_Variant):
     Attributes:
         WEIGHS: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
         LINES: There are matrices.
-        FLAT: There are tensors without lines.
-        UNFACTORED: Some of them have a second moment for each element.
-        TINY: Some of them are tiny matrices.
+        UNFACTORED: There are tensors with a second moment for each element.
+        TINY: There are tiny matrices.
         CHUNKED: Some lines are summed in chunks.
         WIDTHS: Of tiles in the first sweep.
         SPANS: Of tiles in the second sweep.
@@ -164,7 +163,8 @@ class Variant(_Variant):
         JOINED: The first sweep was another launch.
         TILE: Elements of a tile in the first sweep.
         CHUNK: Columns of a chunk.
-        FLAT_TILE: Elements of a tile in the second sweep.
+        FLAT_TILE: Elements of a tile in the second sweep, or of no lines.
+        TINY_TILE: Elements of a tile of tiny matrices.
         STAGES: Tiles that are on their way to a program at a time.
         MERGE_COLS: Columns that are merged together.
         MERGE_SLABS: Slabs, likewise.
@@ -193,7 +193,6 @@ def variant_of(
         *traits,
         WEIGHS=traits.MEASURES and not traits.AMSGRAD and not traits.NORM_CLIPPED,
         LINES=Form.FACTORED in forms,
-        FLAT=bool(forms - {Form.FACTORED}),
         UNFACTORED=Form.UNFACTORED in forms,
         TINY=Form.TINY in forms,
         CHUNKED=any(p.chunks > 1 for p in pieces),
@@ -205,6 +204,7 @@ def variant_of(
         TILE=tuning.tile,
         CHUNK=tuning.chunk,
         FLAT_TILE=tuning.flat_tile,
+        TINY_TILE=tuning.tiny_tile,
         STAGES=tuning.stages,
         MERGE_COLS=tuning.cut.merge_columns,
         MERGE_SLABS=32,
