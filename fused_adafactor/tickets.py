@@ -212,9 +212,7 @@ def scratch_of(pieces: Pieces, itemsize: int, begin: int) -> Scratch:
         s.cross = place(g.batch * g.cols, itemsize)
         s.factor = place(g.batch * g.cols, itemsize)
         s.partial = place(2 * pieces.partials * g.cols, itemsize)
-        s.chunk_sums = place(
-            pieces.chunks * g.batch * g.rows if pieces.chunks > 1 else 0, itemsize
-        )
+        s.chunk_sums = place(pieces.chunks * g.batch * g.rows if pieces.chunks > 1 else 0, itemsize)
     return s
 
 
@@ -269,9 +267,8 @@ def tickets_of(
     tickets: list[Ticket] = []
     waiting: Sequence[int] = ()
     for wave in waves:
-        for number in wave:
-            if pieces[number].whole:
-                tickets.append([i for kind in kinds for i in _items(pieces, number, kind)])
+        whole = [number for number in wave if pieces[number].whole]
+        tickets += [[i for kind in kinds for i in _items(pieces, number, kind)] for number in whole]
         large = [number for number in wave if not pieces[number].whole]
         tickets += [t for number in large for t in _first_sweep(pieces, number, first)]
         tickets += _second_sweep(pieces, waiting, second, tuning)
@@ -282,7 +279,7 @@ def tickets_of(
 def launches_of(
     pieces: Sequence[Pieces], kinds: Sequence[ItemKind], tuning: Tuning
 ) -> Iterator[list[Ticket]]:
-    """Tickets launch by launch, for programs that do not wait: first small tensors, then by kind."""
+    """Tickets launch by launch, for programs that do not wait: small tensors, then by kind."""
     everything = range(len(pieces))
     whole = [number for number in everything if pieces[number].whole]
     large = [number for number in everything if not pieces[number].whole]
@@ -311,9 +308,7 @@ def _items(pieces: Sequence[Pieces], number: int, kind: ItemKind) -> list[Item]:
 
 def _first_sweep(pieces: Sequence[Pieces], number: int, kinds: Sequence[ItemKind]) -> list[Ticket]:
     """Of one tensor; a unit's chunks are summed well before it is its turn."""
-    chunks, stats = (
-        _items(pieces, number, kind) if kind in kinds else [] for kind in FIRST_SWEEP
-    )
+    chunks, stats = (_items(pieces, number, kind) if kind in kinds else [] for kind in FIRST_SWEEP)
     ahead = min(len(chunks), 16 * pieces[number].chunks)
     items = chunks[:ahead]
     for place, item in enumerate(stats):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fused_adafactor.backends.triton import fields as f
 from fused_adafactor.backends.triton.kernel import step
 from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_row, tensor_row
-from fused_adafactor.backends.triton.variants import Traits, Variant, traits_of, variant_of
+from fused_adafactor.backends.triton.variants import Variant, traits_of, variant_of
 from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.slabs import ItemKind, geometry_of
@@ -42,7 +43,7 @@ _PLACES = 3
 class _Group:
     """Tensors that are launched together: they have the same traits."""
 
-    traits: Traits
+    traits: Variant
     numbers: list[int]  # of its tensors
     pieces: list[Pieces]
     waves: list[list[int]]  # by place in the group
@@ -57,11 +58,27 @@ class _Launch:
     count: int
     programs: int
     variant: Variant
+    compiled: dict[bool, Any] = field(default_factory=dict)
 
-    @functools.cached_property
-    def unaligned(self) -> Variant:
-        """The variant for gradients that do not begin at multiples of 16 bytes."""
-        return self.variant._replace(ALIGNED=False)
+    def __call__(self, aligned: bool, warps: int, *tables: Tensor, counters: Tensor) -> None:
+        """Launch it on the current stream of the current device.
+
+        Args:
+            aligned: Whether every gradient begins at a multiple of 16 bytes.
+            warps: Of a program.
+            tables: What ``kernel.step`` takes between the items and the counters.
+            counters: All 0.
+        """
+        variant = self.variant if aligned else self.variant._replace(ALIGNED=False)
+        grid = (self.programs, 1, 1)
+        numbers = (0, self.count, counters.numel(), variant)
+        args = (self.tickets, self.items, *tables, counters, *numbers)
+        kernel = self.compiled.get(aligned)
+        if kernel is None:
+            # The interpreter compiles nothing.
+            self.compiled[aligned] = step[grid](*args, num_warps=warps, enable_fp_fusion=False)
+        else:
+            kernel[grid](*args)  # without looking for it in Triton's own cache, which takes longer
 
 
 class Executor:
@@ -93,15 +110,15 @@ class Executor:
         self.groups = self._groups(bindings, pieces)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
         capturable = any(isinstance(c.scalars.t, Tensor) for c, _ in self.cohorts)
-        count, place = len(bindings), {"device": self.device}
+        count, device = len(bindings), self.device
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
-        self.grads = Sent((count,), torch.int64, self.device, capturable)
-        rules_count = len(self.cohorts)
-        self.numbers = Sent((rules_count, f.NUMBERS.value), torch.float64, self.device, capturable)
-        self.integers = Sent((rules_count, f.INTEGERS.value), torch.int64, self.device, capturable)
-        self.outcomes = torch.zeros(count, f.OUTCOMES.value, dtype=torch.float64, **place)
-        self.no_factors = torch.ones(count, dtype=self.math_dtype, **place)
-        self.no_skips = torch.zeros(count, dtype=torch.uint8, **place)
+        self.grads = Sent(count, torch.int64, self.device, capturable)
+        numbers, integers = (n.value * len(self.cohorts) for n in (f.NUMBERS, f.INTEGERS))
+        self.numbers = Sent(numbers, torch.float64, self.device, capturable)
+        self.integers = Sent(integers, torch.int64, self.device, capturable)
+        self.outcomes = torch.zeros((count, f.OUTCOMES.value), dtype=torch.float64, device=device)
+        self.no_factors = torch.ones(count, dtype=self.math_dtype, device=device)
+        self.no_skips = torch.zeros(count, dtype=torch.uint8, device=device)
         self.launches: dict[object, list[_Launch]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
@@ -130,7 +147,7 @@ class Executor:
         )
 
     def _groups(self, bindings: Sequence[Binding], pieces: Sequence[Pieces]) -> list[_Group]:
-        by_traits: dict[Traits, list[int]] = {}
+        by_traits: dict[Variant, list[int]] = {}
         for number, (b, p) in enumerate(zip(bindings, pieces, strict=True)):
             by_traits.setdefault(traits_of(b, p.geometry), []).append(number)
         groups = []
@@ -263,39 +280,40 @@ class Executor:
     def _launch(self, launches: Sequence[_Launch], exchange: Exchange) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
-        self._send(addresses)
-        # Of views into a buffer, say; nothing else about a gradient's memory can change unnoticed.
-        misaligned = reduce(or_, addresses, 0) % 16 != 0
         factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
-        for launch in launches:
-            step[(launch.programs,)](
-                launch.tickets,
-                launch.items,
-                self.table,
-                self.grads.on_device,
-                self.numbers.on_device,
-                self.integers.on_device,
-                factors,
-                skips,
-                self.scratch,
-                self.outcomes,
-                self.counters,
-                0,
-                launch.count,
-                self.counters.numel(),
-                launch.unaligned if misaligned else launch.variant,
-                num_warps=self.tuning.warps,
-                enable_fp_fusion=False,
-            )
+        with _current(self.device):
+            self._send(addresses)
+            for launch in launches:
+                launch(
+                    reduce(or_, addresses, 0) % 16 == 0,
+                    self.tuning.warps,
+                    self.table,
+                    self.grads.on_device,
+                    self.numbers.on_device,
+                    self.integers.on_device,
+                    factors,
+                    skips,
+                    self.scratch,
+                    self.outcomes,
+                    counters=self.counters,
+                )
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
 
-    def _send(self, addresses: list[int]) -> None:
+    def _send(self, addresses: Sequence[int]) -> None:
         """What is new in this step."""
-        self.numbers.send([x for cohort in self.cohorts for x in numbers_row(*cohort)])
-        self.integers.send([x for cohort, _ in self.cohorts for x in integers_row(cohort)])
         self.grads.send(addresses or [0] * len(self.params))
+        self.numbers.send([x for cohort in self.cohorts for x in numbers_row(*cohort)])
+        if any(group.traits.STOCHASTIC for group in self.groups):
+            self.integers.send([x for cohort, _ in self.cohorts for x in integers_row(cohort)])
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes a device the current one, which a kernel is launched on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _as_meant(grads: Sequence[Tensor]) -> Sequence[Tensor]:

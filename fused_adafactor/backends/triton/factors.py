@@ -6,13 +6,21 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
-from fused_adafactor.backends.triton.formulas import INFINITY, inverse_root, is_finite, quotient, root
+from fused_adafactor.backends.triton.formulas import (
+    INFINITY,
+    inverse_root,
+    is_finite,
+    quotient,
+    root,
+)
 from fused_adafactor.backends.triton.memory import in_scratch, number, pointer
 from fused_adafactor.backends.triton.update import new_factor
 
 
 @triton.jit
-def finish_columns(row, rule, scratch, matrix, part, column, mask, square, weighted, V: tl.constexpr):
+def finish_columns(
+    row, rule, scratch, matrix, part, column, mask, square, weighted, V: tl.constexpr
+):
     """New second moments across the lines of a matrix, of some columns whose sums are complete.
 
     Args:
@@ -110,7 +118,9 @@ def merge(row, rule, scratch, factor, item, V: tl.constexpr):
     finish_columns(row, rule, scratch, matrix, part, column, mask, square, weighted, V)
     lines = tl.load(row + f.PART_LINES)
     begin = tl.minimum(part * lines, rows)
-    finish_lines(row, rule, scratch, factor, matrix, part, begin, tl.minimum(begin + lines, rows), V)
+    finish_lines(
+        row, rule, scratch, factor, matrix, part, begin, tl.minimum(begin + lines, rows), V
+    )
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The columns of the tables that a launch reads: what Python fills, and what the kernels look up."""
+"""Columns of the tables that a launch reads: what Python fills, and what the kernels look up."""
 
 from __future__ import annotations
 

@@ -180,6 +180,24 @@ def flat_factors(row, rule, grad, factor, g, k, mask, TINY: tl.constexpr, V: tl.
 
 
 @triton.jit
+def sum_unit(row, rule, grad, scratch, unit, V: tl.constexpr):
+    """The sums of a unit, whatever its form."""
+    form = tl.load(row + f.FORM)
+    if V.LINES:
+        if form == f.FACTORED:
+            width = tl.load(row + f.WIDTH)
+            for i in tl.static_range(len(V.WIDTHS)):
+                if width == V.WIDTHS[i]:
+                    sum_lines(row, rule, grad, scratch, unit, V.WIDTHS[i], V)
+    if V.UNFACTORED:
+        if form == f.UNFACTORED:
+            sum_flat(row, rule, grad, scratch, unit, False, V)
+    if V.TINY:
+        if form == f.TINY:
+            sum_flat(row, rule, grad, scratch, unit, True, V)
+
+
+@triton.jit
 def _store_sums(row, scratch, unit, grad_sq, param_sq, update_sq):
     sums = in_scratch(row, scratch, f.SUMS, tl.float64) + unit * f.UNIT_SUMS
     tl.store(sums + f.UNIT_GRAD_SQ, grad_sq)

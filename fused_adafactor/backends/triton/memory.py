@@ -58,14 +58,25 @@ def offset_of(row, STRIDES: tl.constexpr, k, V: tl.constexpr):
 
 
 @triton.jit
-def read(row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, V: tl.constexpr):
+def read(
+    row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, V: tl.constexpr
+):
     """Elements in the math dtype, 0 where the mask is."""
     place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
     return tl.load(place, mask=mask, other=0.0).to(V.MATH)
 
 
 @triton.jit
-def write(row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, value, V: tl.constexpr):
+def write(
+    row,
+    FIELD: tl.constexpr,
+    STRIDES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    k,
+    mask,
+    value,
+    V: tl.constexpr,
+):
     """Store elements, rounded to nearest."""
     place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
     tl.store(place, round_nearest(value, DTYPE), mask=mask)

@@ -174,6 +174,44 @@ def apply_flat(
 
 
 @triton.jit
+def measure_unit(row, rule, grad, factor, scratch, unit, V: tl.constexpr):
+    """The third sweep of a unit, whatever its form."""
+    form = tl.load(row + f.FORM)
+    if V.LINES:
+        if form == f.FACTORED:
+            span = tl.load(row + f.SPAN)
+            for i in tl.static_range(len(V.SPANS)):
+                if span == V.SPANS[i]:
+                    measure_lines(row, rule, grad, factor, scratch, unit, V.SPANS[i], V)
+    if V.UNFACTORED and V.NORM_CLIPPED:
+        if form == f.UNFACTORED:
+            measure_flat(row, rule, grad, factor, scratch, unit, False, V)
+    if V.TINY and V.NORM_CLIPPED:
+        if form == f.TINY:
+            measure_flat(row, rule, grad, factor, scratch, unit, True, V)
+
+
+@triton.jit
+def apply_unit(row, rule, integers, grad, factor, scratch, outcome, unit, V: tl.constexpr):
+    """The second sweep of a unit, whatever its form."""
+    form = tl.load(row + f.FORM)
+    if V.LINES:
+        if form == f.FACTORED:
+            span = tl.load(row + f.SPAN)
+            for i in tl.static_range(len(V.SPANS)):
+                if span == V.SPANS[i]:
+                    apply_lines(
+                        row, rule, integers, grad, factor, scratch, outcome, unit, V.SPANS[i], V
+                    )
+    if V.UNFACTORED:
+        if form == f.UNFACTORED:
+            apply_flat(row, rule, integers, grad, factor, outcome, unit, False, V)
+    if V.TINY:
+        if form == f.TINY:
+            apply_flat(row, rule, integers, grad, factor, outcome, unit, True, V)
+
+
+@triton.jit
 def _apply(
     row, rule, integers, outcome, g, inverse_v, first, k, mask, SPAN: tl.constexpr, V: tl.constexpr
 ):

@@ -125,18 +125,15 @@ class Sent:
     lies on the device is then not known any more, so from then on everything is sent.
 
     Args:
-        shape: Of the numbers.
+        count: Of the numbers.
         dtype: float64 or int64.
         device: Where they are read.
         spares: Whether a graph may be captured.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spares: bool
-    ) -> None:
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device, spares: bool) -> None:
         """Make the copy, and buffers for captures: none can be made during one."""
-        self.on_device = torch.zeros(shape, dtype=dtype, device=device)
-        self._slots = self.on_device.view(-1).unbind() if len(self.on_device.view(-1)) else ()
+        self.on_device = torch.zeros(count, dtype=dtype, device=device)
         self._last: list[float] | None = None
         self._captured: list[Tensor] = []
         self._spares: list[Tensor] = []
@@ -150,20 +147,18 @@ class Sent:
 
     def send(self, values: Sequence[Number]) -> None:
         """Bring the copy up to date; entries that are tensors are copied on the device."""
+        there = [(n, value) for n, value in enumerate(values) if isinstance(value, Tensor)]
         host = [0.0 if isinstance(value, Tensor) else value for value in values]
-        capturing = self.on_device.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing:
+        if self.on_device.is_cuda and torch.cuda.is_current_stream_capturing():
             self._send_captured(host)
         elif host != self._last or self._captured:
             self._restock()
-            dtype = self.on_device.dtype
-            numbers = torch.tensor(host, dtype=dtype, device="cpu").view(self.on_device.shape)
+            numbers = torch.tensor(host, dtype=self.on_device.dtype, device="cpu")
             # Small pageable memory is staged before the call returns: nothing waits for it.
             self.on_device.copy_(numbers, non_blocking=True)
             self._last = host
-        for slot, value in zip(self._slots, values, strict=True):
-            if isinstance(value, Tensor):
-                slot.copy_(value.reshape(()), non_blocking=True)
+        for number, value in there:
+            self.on_device[number].copy_(value.reshape(()), non_blocking=True)
 
     def _send_captured(self, host: Sequence[float]) -> None:
         if not self._spares:
@@ -172,6 +167,6 @@ class Sent:
                 "row; take a step outside of a graph between them"
             )
         buffer = self._spares.pop()
-        buffer.view(-1).copy_(torch.tensor(host, dtype=buffer.dtype, device="cpu"))
+        buffer.copy_(torch.tensor(host, dtype=buffer.dtype, device="cpu"))
         self.on_device.copy_(buffer, non_blocking=True)
         self._captured.append(buffer)

@@ -24,8 +24,11 @@ _DTYPES = {
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 
 
-class Traits(NamedTuple):
-    """What tensors of one launch have in common.
+class Variant(NamedTuple):
+    """What one launch is compiled for.
+
+    First the traits, which all of its tensors have; then what there is among these tensors, and how
+    they are launched; then sizes.
 
     Attributes:
         MATH: Dtype of every formula.
@@ -47,110 +50,6 @@ class Traits(NamedTuple):
         STRIDED: Elements lie anywhere; otherwise one after the other, as they are numbered.
         ALIGNED: Every line, and every array, begins at a multiple of 16 bytes.
         WHOLE_BLOCKS: Eight neighbours share a Philox block.
-    """
-
-    MATH: Any
-    PARAM: Any
-    GRAD: Any
-    MOMENT: Any
-    EXP_AVG: Any
-    MOMENTUM: int
-    AMSGRAD: bool
-    MEASURES: bool
-    PARAM_RMS: bool
-    NORM_CLIPPED: bool
-    VALUE_CLIP: bool
-    ACCUMULATES: bool
-    AVERAGES: bool
-    STOCHASTIC: bool
-    KAHAN: bool
-    CLAMPS: bool
-    STRIDED: bool
-    ALIGNED: bool
-    WHOLE_BLOCKS: bool
-
-
-def traits_of(b: Binding, geometry: Geometry) -> Traits:
-    """The traits of a tensor; its gradient is taken to be as well aligned as it is."""
-    spec, rule = b.planned.spec, b.rule
-    clip = rule.grad_clip
-    stochastic = rule.rounding is Rounding.STOCHASTIC and spec.param_dtype is torch.bfloat16
-    row_major = _row_major(geometry.sizes)
-    layouts = {geometry.strides, geometry.grad_strides, geometry.state_strides}
-    in_order = layouts == {row_major} and (not stochastic or geometry.logical == row_major)
-    by_16 = in_order and spec.numel % 16 == 0
-    if geometry.form is Form.FACTORED:
-        by_16 = by_16 and geometry.cols % 16 == 0
-    return Traits(
-        MATH=_DTYPES[spec.math_dtype],
-        PARAM=_DTYPES[spec.param_dtype],
-        GRAD=_DTYPES[spec.grad_dtype],
-        MOMENT=_DTYPES[rule.moment_dtype(spec.param_dtype)],
-        EXP_AVG=_DTYPES[rule.momentum_dtype(spec.param_dtype)],
-        MOMENTUM=0 if rule.momentum is None else _SITES[rule.momentum.site],
-        AMSGRAD=rule.amsgrad,
-        MEASURES=rule.clip_threshold is not None,
-        PARAM_RMS=rule.measures_param_rms,
-        NORM_CLIPPED=clip is not None and clip.kind is not GradClipKind.VALUE,
-        VALUE_CLIP=clip is not None and clip.kind is GradClipKind.VALUE,
-        ACCUMULATES=b.accumulator is not None,
-        AVERAGES=b.average is not None,
-        STOCHASTIC=stochastic,
-        KAHAN=b.compensation is not None,
-        CLAMPS=rule.eps1_rule is Eps1Rule.CLAMP,
-        STRIDED=not in_order,
-        ALIGNED=by_16 and all(t.data_ptr() % 16 == 0 for t in _arrays(b)),
-        WHOLE_BLOCKS=by_16,
-    )
-
-
-def _arrays(b: Binding) -> list[torch.Tensor]:
-    owned = (b.param, b.row_var, b.col_var, b.var, b.var_max, b.exp_avg)
-    more = (b.compensation, b.average, b.accumulator)
-    return [tensor for tensor in (*owned, *more) if tensor is not None]
-
-
-def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(sizes):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
-_Variant = NamedTuple(  # noqa: UP014 - its fields are those of Traits, and more
-    "_Variant",
-    [
-        *Traits.__annotations__.items(),
-        ("WEIGHS", bool),
-        ("LINES", bool),
-        ("UNFACTORED", bool),
-        ("TINY", bool),
-        ("CHUNKED", bool),
-        ("WIDTHS", Any),
-        ("SPANS", Any),
-        ("KINDS", Any),
-        ("WAITS", bool),
-        ("JOINED", bool),
-        ("TILE", int),
-        ("CHUNK", int),
-        ("FLAT_TILE", int),
-        ("TINY_TILE", int),
-        ("STAGES", int),
-        ("MERGE_COLS", int),
-        ("MERGE_SLABS", int),
-        ("VECTOR", int),
-        ("MATRICES", int),
-        ("PARTS", int),
-        ("LOSSLESS", float),
-    ],
-)
-
-
-class Variant(_Variant):
-    """What one launch is compiled for.
-
-    Attributes:
         WEIGHS: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
         LINES: There are matrices.
         UNFACTORED: There are tensors with a second moment for each element.
@@ -174,11 +73,103 @@ class Variant(_Variant):
         LOSSLESS: Largest 1 / sqrt(v) that no g² which counts is lost below.
     """
 
-    __slots__ = ()
+    MATH: Any
+    PARAM: Any
+    GRAD: Any
+    MOMENT: Any
+    EXP_AVG: Any
+    MOMENTUM: int
+    AMSGRAD: bool
+    MEASURES: bool
+    PARAM_RMS: bool
+    NORM_CLIPPED: bool
+    VALUE_CLIP: bool
+    ACCUMULATES: bool
+    AVERAGES: bool
+    STOCHASTIC: bool
+    KAHAN: bool
+    CLAMPS: bool
+    STRIDED: bool
+    ALIGNED: bool
+    WHOLE_BLOCKS: bool
+    WEIGHS: bool
+    LOSSLESS: float
+    LINES: bool = False
+    UNFACTORED: bool = False
+    TINY: bool = False
+    CHUNKED: bool = False
+    WIDTHS: tuple[int, ...] = ()
+    SPANS: tuple[int, ...] = ()
+    KINDS: tuple[bool, ...] = ()
+    WAITS: bool = False
+    JOINED: bool = False
+    TILE: int = 0
+    CHUNK: int = 0
+    FLAT_TILE: int = 0
+    TINY_TILE: int = 0
+    STAGES: int = 0
+    MERGE_COLS: int = 0
+    MERGE_SLABS: int = 32
+    VECTOR: int = 1024
+    MATRICES: int = 32
+    PARTS: int = 32
+
+
+def traits_of(b: Binding, geometry: Geometry) -> Variant:
+    """The traits of a tensor; its gradient is taken to be as well aligned as it is."""
+    spec, rule = b.planned.spec, b.rule
+    clip = rule.grad_clip
+    stochastic = rule.rounding is Rounding.STOCHASTIC and spec.param_dtype is torch.bfloat16
+    row_major = _row_major(geometry.sizes)
+    layouts = {geometry.strides, geometry.grad_strides, geometry.state_strides}
+    in_order = layouts == {row_major} and (not stochastic or geometry.logical == row_major)
+    by_16 = in_order and spec.numel % 16 == 0
+    if geometry.form is Form.FACTORED:
+        by_16 = by_16 and geometry.cols % 16 == 0
+    tiny = torch.finfo(spec.math_dtype).tiny
+    measures = rule.clip_threshold is not None
+    norm_clipped = clip is not None and clip.kind is not GradClipKind.VALUE
+    return Variant(
+        MATH=_DTYPES[spec.math_dtype],
+        PARAM=_DTYPES[spec.param_dtype],
+        GRAD=_DTYPES[spec.grad_dtype],
+        MOMENT=_DTYPES[rule.moment_dtype(spec.param_dtype)],
+        EXP_AVG=_DTYPES[rule.momentum_dtype(spec.param_dtype)],
+        MOMENTUM=0 if rule.momentum is None else _SITES[rule.momentum.site],
+        AMSGRAD=rule.amsgrad,
+        MEASURES=measures,
+        PARAM_RMS=rule.measures_param_rms,
+        NORM_CLIPPED=norm_clipped,
+        VALUE_CLIP=clip is not None and clip.kind is GradClipKind.VALUE,
+        ACCUMULATES=b.accumulator is not None,
+        AVERAGES=b.average is not None,
+        STOCHASTIC=stochastic,
+        KAHAN=b.compensation is not None,
+        CLAMPS=rule.eps1_rule is Eps1Rule.CLAMP,
+        STRIDED=not in_order,
+        ALIGNED=by_16 and all(t.data_ptr() % 16 == 0 for t in _arrays(b)),
+        WHOLE_BLOCKS=by_16,
+        WEIGHS=measures and not rule.amsgrad and not norm_clipped,
+        LOSSLESS=math.sqrt(1e-4 / tiny),
+    )
+
+
+def _arrays(b: Binding) -> list[torch.Tensor]:
+    owned = (b.param, b.row_var, b.col_var, b.var, b.var_max, b.exp_avg)
+    more = (b.compensation, b.average, b.accumulator)
+    return [tensor for tensor in (*owned, *more) if tensor is not None]
+
+
+def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
 def variant_of(
-    traits: Traits,
+    traits: Variant,
     pieces: Sequence[Pieces],
     tuning: Tuning,
     kinds: Sequence[ItemKind],
@@ -188,10 +179,7 @@ def variant_of(
 ) -> Variant:
     """The variant for tensors that are stepped together."""
     forms = {p.geometry.form for p in pieces}
-    tiny = torch.finfo(torch.float64 if traits.MATH is tl.float64 else torch.float32).tiny
-    return Variant(
-        *traits,
-        WEIGHS=traits.MEASURES and not traits.AMSGRAD and not traits.NORM_CLIPPED,
+    return traits._replace(
         LINES=Form.FACTORED in forms,
         UNFACTORED=Form.UNFACTORED in forms,
         TINY=Form.TINY in forms,
@@ -207,9 +195,4 @@ def variant_of(
         TINY_TILE=tuning.tiny_tile,
         STAGES=tuning.stages,
         MERGE_COLS=tuning.cut.merge_columns,
-        MERGE_SLABS=32,
-        VECTOR=1024,
-        MATRICES=32,
-        PARTS=32,
-        LOSSLESS=math.sqrt(1e-4 / tiny),
     )
