@@ -304,9 +304,11 @@ class Executor:
     def _send(self, addresses: Sequence[int]) -> None:
         """What is new in this step."""
         self.grads.send(addresses or [0] * len(self.params))
-        self.numbers.send([x for cohort in self.cohorts for x in numbers_row(*cohort)])
+        self.numbers.send_mixed([x for cohort in self.cohorts for x in numbers_row(*cohort)])
         if any(group.traits.STOCHASTIC for group in self.groups):
-            self.integers.send([x for cohort, _ in self.cohorts for x in integers_row(cohort)])
+            self.integers.send_mixed(
+                [x for cohort, _ in self.cohorts for x in integers_row(cohort)]
+            )
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
