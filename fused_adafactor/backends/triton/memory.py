@@ -57,13 +57,24 @@ def offset_of(row, STRIDES: tl.constexpr, k, V: tl.constexpr):
     return offset
 
 
+# What a sweep reads or writes for the last time makes room in the L2 cache for the next wave.
+LAST_TIME = tl.constexpr("evict_first")
+
+
 @triton.jit
 def read(
-    row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, V: tl.constexpr
+    row,
+    FIELD: tl.constexpr,
+    STRIDES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    k,
+    mask,
+    V: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """Elements in the math dtype, 0 where the mask is."""
     place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
-    return tl.load(place, mask=mask, other=0.0).to(V.MATH)
+    return tl.load(place, mask=mask, other=0.0, eviction_policy=EVICTION).to(V.MATH)
 
 
 @triton.jit
@@ -79,14 +90,15 @@ def write(
 ):
     """Store elements, rounded to nearest."""
     place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
-    tl.store(place, round_nearest(value, DTYPE), mask=mask)
+    tl.store(place, round_nearest(value, DTYPE), mask=mask, eviction_policy=LAST_TIME)
 
 
 @triton.jit
-def read_unclipped(row, rule, grad, k, mask, V: tl.constexpr):
+def read_unclipped(row, rule, grad, k, mask, V: tl.constexpr, EVICTION: tl.constexpr = ""):
     """The gradient: divided by the loss scale, then averaged over accumulated steps."""
     place = pointer(grad, V.GRAD, V) + offset_of(row, f.GRAD_STRIDES, k, V)
-    g = tl.load(place, mask=mask, other=0.0).to(V.MATH) * number(rule, f.GRAD_SCALE, V)
+    g = tl.load(place, mask=mask, other=0.0, eviction_policy=EVICTION).to(V.MATH)
+    g = g * number(rule, f.GRAD_SCALE, V)
     if V.ACCUMULATES:
         g += read(row, f.ACCUMULATOR, f.STATE_STRIDES, V.MATH, k, mask, V)
         steps = tl.zeros(k.shape, V.MATH) + number(rule, f.ACCUMULATION_STEPS, V)
@@ -106,9 +118,9 @@ def clipped(g, rule, factor, V: tl.constexpr):
 
 
 @triton.jit
-def read_grad(row, rule, grad, factor, k, mask, V: tl.constexpr):
+def read_grad(row, rule, grad, factor, k, mask, V: tl.constexpr, EVICTION: tl.constexpr = ""):
     """g: unscaled, averaged, clipped; in Keras' order."""
-    return clipped(read_unclipped(row, rule, grad, k, mask, V), rule, factor, V)
+    return clipped(read_unclipped(row, rule, grad, k, mask, V, EVICTION), rule, factor, V)
 
 
 @triton.jit
