@@ -49,8 +49,16 @@ class _Group:
 
 
 @dataclass(kw_only=True, eq=False)
-class _Launch:
-    """Tickets on the device, and the kernel that takes them."""
+class Launch:
+    """Tickets on the device, and the kernel that takes them.
+
+    Attributes:
+        tickets: Where the items of each begin, and where those of the last one end.
+        items: Kind, tensor and unit of each.
+        count: Of tickets.
+        programs: That take them.
+        variant: What the kernel is compiled for.
+    """
 
     tickets: Tensor
     items: Tensor
@@ -102,7 +110,7 @@ class Executor:
         self.outcomes = torch.zeros(count, f.OUTCOMES.value, dtype=torch.float64, **place)
         self.no_factors = torch.ones(count, dtype=self.math_dtype, **place)
         self.no_skips = torch.zeros(count, dtype=torch.uint8, **place)
-        self.launches: dict[object, list[_Launch]] = {}
+        self.launches: dict[object, list[Launch]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
         """The rule of each tensor: its cohort, with its own eps1."""
@@ -193,13 +201,7 @@ class Executor:
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
-        kinds = kinds_of(phases)
-        joined = Phase.STATS not in phases
-        if kinds not in self.launches:
-            self.launches[kinds] = [
-                launch for group in self.groups for launch in self._launches(group, kinds, joined)
-            ]
-        self._launch(self.launches[kinds], exchange)
+        self._launch(self.launches_of(phases), exchange)
         if Phase.APPLY not in phases:
             exchange.grad_sq = self.outcomes[:, f.GRAD_SQ.value].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
@@ -209,10 +211,24 @@ class Executor:
         """Run an activity that has no update."""
         if activity is Activity.DROP:
             self._drop_accumulated(exchange.skip)
+        self._launch(self.launches_of_activity(activity), exchange)
+
+    def launches_of(self, phases: Sequence[Phase]) -> list[Launch]:
+        """What steps the tensors, in order; made when it is first asked for."""
+        kinds = kinds_of(phases)
+        joined = Phase.STATS not in phases
+        if kinds not in self.launches:
+            self.launches[kinds] = [
+                launch for group in self.groups for launch in self._launches(group, kinds, joined)
+            ]
+        return self.launches[kinds]
+
+    def launches_of_activity(self, activity: Activity) -> list[Launch]:
+        """The same for an activity that has no update."""
         kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
         if kind not in self.launches:
             self.launches[kind] = [self._activity_launch(group, kind) for group in self.groups]
-        self._launch(self.launches[kind], exchange)
+        return self.launches[kind]
 
     def _drop_accumulated(self, skip: Tensor | None) -> None:
         for number, accumulator in self.accumulators:
@@ -221,20 +237,20 @@ class Executor:
             else:
                 accumulator.masked_fill_(~skip[number], 0.0)
 
-    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[_Launch]:
+    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[Launch]:
         if self.waits:
             tickets = [tickets_of(group.pieces, group.waves, kinds, self.tuning)]
         else:
             tickets = list(launches_of(group.pieces, kinds, self.tuning))
         return [self._make(group, t, self.waits, joined) for t in tickets if t]
 
-    def _activity_launch(self, group: _Group, kind: ItemKind) -> _Launch:
+    def _activity_launch(self, group: _Group, kind: ItemKind) -> Launch:
         tickets: list[Ticket] = [
             [(kind, n, unit)] for n, p in enumerate(group.pieces) for unit in range(p.units)
         ]
         return self._make(group, tickets, waits=False, joined=False)
 
-    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> _Launch:
+    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> Launch:
         items: list[Item] = [item for ticket in tickets for item in ticket]
         ends = [0]
         for ticket in tickets:
@@ -243,7 +259,7 @@ class Executor:
         pieces = [group.pieces[n] for n in sorted(concerned)]
         kinds = sorted({kind for kind, _, _ in items})
         numbered = [(int(kind), group.numbers[n], unit) for kind, n, unit in items]
-        return _Launch(
+        return Launch(
             tickets=torch.tensor(ends, dtype=torch.int32, device="cpu").to(self.device),
             items=torch.tensor(numbered, dtype=torch.int32, device="cpu").to(self.device),
             count=len(tickets),
@@ -260,7 +276,7 @@ class Executor:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return processors * self.tuning.programs_per_processor
 
-    def _launch(self, launches: Sequence[_Launch], exchange: Exchange) -> None:
+    def _launch(self, launches: Sequence[Launch], exchange: Exchange) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
         self._send(addresses)
@@ -270,26 +286,36 @@ class Executor:
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
         for launch in launches:
             step[(launch.programs,)](
-                launch.tickets,
-                launch.items,
-                self.table,
-                self.grads.on_device,
-                self.numbers.on_device,
-                self.integers.on_device,
-                factors,
-                skips,
-                self.scratch,
-                self.outcomes,
-                self.counters,
-                0,
-                launch.count,
-                self.counters.numel(),
+                *self.arguments(launch, factors, skips),
                 launch.unaligned if misaligned else launch.variant,
-                num_warps=self.tuning.warps,
-                enable_fp_fusion=False,
+                **self.options,
             )
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
+
+    def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> tuple[Tensor | int, ...]:
+        """What a kernel is called with, but for its variant."""
+        return (
+            launch.tickets,
+            launch.items,
+            self.table,
+            self.grads.on_device,
+            self.numbers.on_device,
+            self.integers.on_device,
+            factors,
+            skips,
+            self.scratch,
+            self.outcomes,
+            self.counters,
+            0,
+            launch.count,
+            self.counters.numel(),
+        )
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What it is compiled with. a * b + c is one operation only where a formula says so."""
+        return {"num_warps": self.tuning.warps, "enable_fp_fusion": False}
 
     def _send(self, addresses: list[int]) -> None:
         """What is new in this step."""
