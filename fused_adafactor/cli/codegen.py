@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -23,8 +23,6 @@ from fused_adafactor.cli.progress import ProgressBar
 if TYPE_CHECKING:
     from fused_adafactor.backends.triton.offline import Source
     from fused_adafactor.cli.kernel_cases import Case
-
-_FEW = "sm_90"  # the target of what is compiled for one
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"codegen: --target must be of {known}, got {unknown[0]!r}", file=sys.stderr)
         return 2
     cases = all_cases() if args.all else default_cases()
-    chosen = {case: for_all for case, for_all in cases.items() if args.match in str(case)}
+    chosen = {case: its for case, its in cases.items() if args.match in str(case)}
     work = work_of(chosen, targets)
     kernels, failures = [], []
     with ProgressBar(max(1, len(work)), "compiling") as bar:
@@ -142,15 +140,17 @@ def _obstacle() -> str | None:
     return None
 
 
-def work_of(cases: dict[Case, bool], targets: Sequence[str]) -> list[Work]:
-    """The kernels of cases, each once, for all targets or for one of them."""
-    from fused_adafactor.cli.kernel_cases import sources_of_case
+def work_of(cases: Mapping[Case, Sequence[str]], targets: Sequence[str]) -> list[Work]:
+    """The kernels of cases, each once, for those of their targets that are wanted."""
+    from fused_adafactor.cli.kernel_cases import ONE, sources_of_case
 
-    one = _FEW if _FEW in targets else targets[0]
     work: dict[tuple[Source, str], Work] = {}
-    for case, everywhere in cases.items():
-        for name, source in sources_of_case(case):
-            for target in targets if everywhere else (one,):
+    for case, its_targets in cases.items():
+        chosen = [target for target in targets if target in its_targets]
+        if not chosen and its_targets == ONE:
+            chosen = [targets[0]]
+        for name, source in sources_of_case(case) if chosen else ():
+            for target in chosen:
                 work.setdefault((source, target), Work(name, source, target))
     return list(work.values())
 

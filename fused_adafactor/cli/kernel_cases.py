@@ -29,6 +29,10 @@ Arguments = Mapping[str, Any]
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = ("gfx942",)
+ONE = ("sm_90",)  # for what is compiled for one target only
+
 # Of every dialect, the constructor arguments that make another kernel: by name, the defaults first.
 RULES: Mapping[str, Mapping[str, Arguments]] = {
     "torch": {
@@ -151,34 +155,37 @@ class Case:
         return make(params, **self._arguments, backend="reference")
 
 
-def default_cases() -> dict[Case, bool]:
-    """Cases that cover every switch of a kernel at least once, and whether for every target.
+def default_cases() -> dict[Case, tuple[str, ...]]:
+    """Cases that cover every switch of a kernel at least once, and their targets.
 
-    The defaults of every dialect are for every target; what one more switch changes is for one.
+    The defaults of every dialect are for every target, in the form that they are launched in there;
+    what one more switch changes is for one target.
     """
-    cases: dict[Case, bool] = {}
+    cases: dict[Case, tuple[str, ...]] = {}
 
-    def add(everywhere: bool, *of_case: Any) -> None:
+    def add(targets: tuple[str, ...], *of_case: Any) -> None:
         case = Case(*of_case)
-        cases[case] = everywhere or cases.get(case, False)
+        cases[case] = (*cases.get(case, ()), *targets)
 
     for dialect, rules in RULES.items():
         for dtype in (F32, BF16):
-            add(True, dialect, "defaults", MODEL, dtype, dtype, "persistent")
+            add(NVIDIA, dialect, "defaults", MODEL, dtype, dtype, "persistent")
+            add(AMD, dialect, "defaults", MODEL, dtype, dtype, "phases")
         for rule in rules:
-            add(False, dialect, rule, MODEL, BF16, BF16, "persistent")
+            add(ONE, dialect, rule, MODEL, BF16, BF16, "persistent")
     for dtype in (F32, BF16):
-        add(True, "torch", "defaults", MODEL, dtype, dtype, "phases")
+        add(NVIDIA, "torch", "defaults", MODEL, dtype, dtype, "phases")
+        add(AMD, "torch", "defaults", MODEL, dtype, dtype, "persistent")
     for dtype, grad_dtype in ((F16, F16), (F64, F64), (F32, BF16), (BF16, F32)):
-        add(False, "torch", "defaults", MODEL, dtype, grad_dtype, "persistent")
-    add(False, "torch", "defaults", MODEL, BF16, BF16, "persistent", True)
+        add(ONE, "torch", "defaults", MODEL, dtype, grad_dtype, "persistent")
+    add(ONE, "torch", "defaults", MODEL, BF16, BF16, "persistent", True)
     for tensors in TENSORS:
         for form in LAUNCHES:
-            add(False, "torch", "defaults", tensors, BF16, BF16, form)
+            add(ONE, "torch", "defaults", tensors, BF16, BF16, form)
     return cases
 
 
-def all_cases() -> dict[Case, bool]:
+def all_cases() -> dict[Case, tuple[str, ...]]:
     """Every rule with all tensors, every dtype and both launch forms, for every target."""
     dtypes = ((F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (F32, BF16), (BF16, F32))
     cases = (
@@ -190,7 +197,7 @@ def all_cases() -> dict[Case, bool]:
         for form in LAUNCHES
         for odd in (False, True)
     )
-    return dict.fromkeys((case for case in cases if case.possible), True)
+    return dict.fromkeys((case for case in cases if case.possible), (*NVIDIA, *AMD))
 
 
 def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:
