@@ -124,8 +124,8 @@ class Case:
     def __str__(self) -> str:
         """Its name: ``torch/defaults bfloat16 model persistent``, say."""
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.dtype, self.grad_dtype))
-        rule = f"{self.dialect}/{self.rule}"
-        return f"{rule} {'/'.join(dtypes)} {self.tensors} {self.launch_form}"
+        words = [f"{self.dialect}/{self.rule}", "/".join(dtypes), self.tensors, self.launch_form]
+        return " ".join([*words, "odd_gradients"] if self.odd_gradients else words)
 
     @property
     def possible(self) -> bool:
