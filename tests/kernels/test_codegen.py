@@ -21,7 +21,7 @@ if interprets():
 COMPILED = [
     ("torch/defaults bfloat16 model persistent", "sm_90"),
     ("keras/accumulated_average bfloat16 model persistent", "sm_90"),
-    ("adafactor_pytorch/defaults float32 model persistent", "sm_80"),
+    ("adafactor_pytorch/amsgrad float32 model persistent", "sm_80"),
     ("torch/defaults float32 model phases", "sm_80"),
     ("torch/defaults bfloat16 long_lines phases", "sm_90"),
     ("torch/defaults bfloat16 tiny_matrices phases", "sm_90"),
