@@ -50,8 +50,16 @@ class _Group:
 
 
 @dataclass(kw_only=True, eq=False)
-class _Launch:
-    """Tickets on the device, and the kernel that takes them."""
+class Launch:
+    """Tickets on the device, and the kernel that takes them.
+
+    Attributes:
+        tickets: Where the items of each begin, and where those of the last one end.
+        items: Kind, tensor and unit of each.
+        count: Of tickets.
+        programs: That take them.
+        variant: What the kernel is compiled for.
+    """
 
     tickets: Tensor
     items: Tensor
@@ -60,25 +68,29 @@ class _Launch:
     variant: Variant
     compiled: dict[bool, Any] = field(default_factory=dict)
 
-    def __call__(self, aligned: bool, warps: int, *tables: Tensor, counters: Tensor) -> None:
+    @property
+    def unaligned(self) -> Variant:
+        """The variant for gradients that do not begin at multiples of 16 bytes."""
+        return self.variant._replace(ALIGNED=False)
+
+    def start(self, arguments: tuple[Any, ...], options: dict[str, Any], aligned: bool) -> None:
         """Launch it on the current stream of the current device.
 
         Args:
-            aligned: Whether every gradient begins at a multiple of 16 bytes.
-            warps: Of a program.
-            tables: What ``kernel.step`` takes between the items and the counters.
-            counters: All 0.
+            arguments: See ``Executor.arguments``.
+            options: See ``Executor.options``.
+            aligned: Whether every gradient begins at a multiple of 16 bytes. Of views into a
+                buffer that need not be; nothing else about a gradient can change unnoticed.
         """
-        variant = self.variant if aligned else self.variant._replace(ALIGNED=False)
         grid = (self.programs, 1, 1)
-        numbers = (0, self.count, counters.numel(), variant)
-        args = (self.tickets, self.items, *tables, counters, *numbers)
+        variant = self.variant if aligned else self.unaligned
         kernel = self.compiled.get(aligned)
         if kernel is None:
             # The interpreter compiles nothing.
-            self.compiled[aligned] = step[grid](*args, num_warps=warps, enable_fp_fusion=False)
+            self.compiled[aligned] = step[grid](*arguments, variant, **options)
         else:
-            kernel[grid](*args)  # without looking for it in Triton's own cache, which takes longer
+            # Without looking for it in Triton's own cache, which takes longer.
+            kernel[grid](*arguments, variant)
 
 
 class Executor:
@@ -119,7 +131,7 @@ class Executor:
         self.outcomes = torch.zeros((count, f.OUTCOMES.value), dtype=torch.float64, device=device)
         self.no_factors = torch.ones(count, dtype=self.math_dtype, device=device)
         self.no_skips = torch.zeros(count, dtype=torch.uint8, device=device)
-        self.launches: dict[object, list[_Launch]] = {}
+        self.launches: dict[object, list[Launch]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
         """The rule of each tensor: its cohort, with its own eps1."""
@@ -210,13 +222,7 @@ class Executor:
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
-        kinds = kinds_of(phases)
-        joined = Phase.STATS not in phases
-        if kinds not in self.launches:
-            self.launches[kinds] = [
-                launch for group in self.groups for launch in self._launches(group, kinds, joined)
-            ]
-        self._launch(self.launches[kinds], exchange)
+        self._launch(self.launches_of(phases), exchange)
         if Phase.APPLY not in phases:
             exchange.grad_sq = self.outcomes[:, f.GRAD_SQ.value].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
@@ -226,10 +232,24 @@ class Executor:
         """Run an activity that has no update."""
         if activity is Activity.DROP:
             self._drop_accumulated(exchange.skip)
+        self._launch(self.launches_of_activity(activity), exchange)
+
+    def launches_of(self, phases: Sequence[Phase]) -> list[Launch]:
+        """What steps the tensors, in order; made when it is first asked for."""
+        kinds = kinds_of(phases)
+        joined = Phase.STATS not in phases
+        if kinds not in self.launches:
+            self.launches[kinds] = [
+                launch for group in self.groups for launch in self._launches(group, kinds, joined)
+            ]
+        return self.launches[kinds]
+
+    def launches_of_activity(self, activity: Activity) -> list[Launch]:
+        """The same for an activity that has no update."""
         kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
         if kind not in self.launches:
             self.launches[kind] = [self._activity_launch(group, kind) for group in self.groups]
-        self._launch(self.launches[kind], exchange)
+        return self.launches[kind]
 
     def _drop_accumulated(self, skip: Tensor | None) -> None:
         for number, accumulator in self.accumulators:
@@ -238,20 +258,20 @@ class Executor:
             else:
                 accumulator.masked_fill_(~skip[number], 0.0)
 
-    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[_Launch]:
+    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[Launch]:
         if self.waits:
             tickets = [tickets_of(group.pieces, group.waves, kinds, self.tuning)]
         else:
             tickets = list(launches_of(group.pieces, kinds, self.tuning))
         return [self._make(group, t, self.waits, joined) for t in tickets if t]
 
-    def _activity_launch(self, group: _Group, kind: ItemKind) -> _Launch:
+    def _activity_launch(self, group: _Group, kind: ItemKind) -> Launch:
         tickets: list[Ticket] = [
             [(kind, n, unit)] for n, p in enumerate(group.pieces) for unit in range(p.units)
         ]
         return self._make(group, tickets, waits=False, joined=False)
 
-    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> _Launch:
+    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> Launch:
         items: list[Item] = [item for ticket in tickets for item in ticket]
         ends = [0]
         for ticket in tickets:
@@ -260,7 +280,7 @@ class Executor:
         pieces = [group.pieces[n] for n in sorted(concerned)]
         kinds = sorted({kind for kind, _, _ in items})
         numbered = [(int(kind), group.numbers[n], unit) for kind, n, unit in items]
-        return _Launch(
+        return Launch(
             tickets=torch.tensor(ends, dtype=torch.int32, device="cpu").to(self.device),
             items=torch.tensor(numbered, dtype=torch.int32, device="cpu").to(self.device),
             count=len(tickets),
@@ -277,29 +297,42 @@ class Executor:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return processors * self.tuning.programs_per_processor
 
-    def _launch(self, launches: Sequence[_Launch], exchange: Exchange) -> None:
+    def _launch(self, launches: Sequence[Launch], exchange: Exchange) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
         factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
+        aligned = reduce(or_, addresses, 0) % 16 == 0
         with _current(self.device):
             self._send(addresses)
             for launch in launches:
-                launch(
-                    reduce(or_, addresses, 0) % 16 == 0,
-                    self.tuning.warps,
-                    self.table,
-                    self.grads.on_device,
-                    self.numbers.on_device,
-                    self.integers.on_device,
-                    factors,
-                    skips,
-                    self.scratch,
-                    self.outcomes,
-                    counters=self.counters,
-                )
+                launch.start(self.arguments(launch, factors, skips), self.options, aligned)
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
+
+    def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> tuple[Tensor | int, ...]:
+        """What a kernel is called with, but for its variant."""
+        return (
+            launch.tickets,
+            launch.items,
+            self.table,
+            self.grads.on_device,
+            self.numbers.on_device,
+            self.integers.on_device,
+            factors,
+            skips,
+            self.scratch,
+            self.outcomes,
+            self.counters,
+            0,
+            launch.count,
+            self.counters.numel(),
+        )
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What it is compiled with. a * b + c is one operation only where a formula says so."""
+        return {"num_warps": self.tuning.warps, "enable_fp_fusion": False}
 
     def _send(self, addresses: Sequence[int]) -> None:
         """What is new in this step."""

@@ -17,7 +17,6 @@ from fused_adafactor.backends.triton.formulas import (
     to_bfloat16_stochastic,
 )
 from fused_adafactor.backends.triton.memory import (
-    LAST_TIME,
     columns_of,
     hinted,
     in_scratch,
@@ -138,7 +137,7 @@ def apply_lines(
                 col_mask = col < hinted(last_col, V)
                 mask = here[:, None] & col_mask[None, :]
                 k = (line * cols)[:, None] + col[None, :]
-                g = read_grad(row, rule, grad, factor, k, mask, V, LAST_TIME)
+                g = read_grad(row, rule, grad, factor, k, mask, V, True)
                 col_factor = tl.load(factors + col, mask=col_mask, other=0.0)
                 inverse_v = line_factor[:, None] * col_factor[None, :]
                 _apply(
@@ -164,7 +163,7 @@ def apply_flat(
     for first in range(begin, end, step):
         k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
-        g = read_grad(row, rule, grad, factor, k, mask, V, LAST_TIME)
+        g = read_grad(row, rule, grad, factor, k, mask, V, True)
         inverse_v, var, col_var = flat_factors(row, rule, grad, factor, g, k, mask, TINY, V)
         base = tl.zeros((1,), tl.int64) + first
         _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, TILE, V)
@@ -228,7 +227,7 @@ def _apply(
         delta = exp_avg
     else:
         delta = u * (alpha * by_clip)
-    p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V, LAST_TIME)
+    p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V, True)
     if V.KAHAN:
         p += read(row, f.COMPENSATION, f.STATE_STRIDES, V.PARAM, k, mask, V)
     value = tl.fma(tl.zeros(k.shape, V.MATH) + tl.load(outcome + f.DECAYED).to(V.MATH), p, -delta)
