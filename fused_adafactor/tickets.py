@@ -61,7 +61,7 @@ class Tuning:
     widest: int = 8192
     chunk: int = 2048
     flat_tile: int = 4096
-    tiny_tile: int = 1024
+    tiny_tile: int = 2048
     span: int = 1024
     narrowest: int = 128
     wave_bytes: int = 8 * 2**20

@@ -80,14 +80,14 @@ _ARGUMENTS: Mapping[str, Arguments] = {"big_vision": {"lr": 1e-3}}  # that have 
 
 # A matrix of so many elements is too large for one program to step in one go.
 _ELEMENTS = 2 * GPU_CUT.whole_elements
-_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_WIDTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 # Tensors that are stepped together, by what a kernel tells apart of them.
 TENSORS: Mapping[str, Sequence[tuple[int, ...]]] = {
     # Of a transformer: all that is done to its tensors, in one kernel.
     "model": ((128, 1024), (128, 4096), (4096,)),
     **{f"lines_of_{width}": ((_ELEMENTS // width, width),) for width in _WIDTHS},
-    "long_lines": ((16, 8192),),
+    "long_lines": ((16, 12288),),
     "small_lines": ((24, 768),),
     "ragged_lines": ((701, 100),),
     "vectors": ((_ELEMENTS,), (4096,)),

@@ -332,7 +332,11 @@ class Executor:
     @property
     def options(self) -> dict[str, int | bool]:
         """What it is compiled with. a * b + c is one operation only where a formula says so."""
-        return {"num_warps": self.tuning.warps, "enable_fp_fusion": False}
+        options: dict[str, int | bool] = {"num_warps": self.tuning.warps, "enable_fp_fusion": False}
+        if torch.version.hip is None:
+            # All that there are: NVIDIA's assembler would rather spill than hold one program less.
+            options["maxnreg"] = 255
+        return options
 
     def _send(self, addresses: Sequence[int]) -> None:
         """What is new in this step."""

@@ -13,7 +13,7 @@ from fused_adafactor.backends.triton.formulas import (
     quotient,
     root,
 )
-from fused_adafactor.backends.triton.memory import in_scratch, number, pointer
+from fused_adafactor.backends.triton.memory import hinted, in_scratch, number, pointer
 from fused_adafactor.backends.triton.update import new_factor
 
 
@@ -36,7 +36,7 @@ def finish_columns(
         V: The variant.
     """
     rows = tl.load(row + f.ROWS)
-    cols = tl.load(row + f.COLS)
+    cols = hinted(tl.load(row + f.COLS), V)
     grad_sq = tl.sum(tl.where(mask, square, 0.0).to(tl.float64), 0)
     place = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V) + matrix * cols + column
     old = tl.load(place, mask=mask, other=0.0).to(V.MATH)
@@ -98,7 +98,7 @@ def merge(row, rule, scratch, factor, item, V: tl.constexpr):
     parts = tl.load(row + f.PARTS)
     matrix = item // parts
     part = item % parts
-    cols = tl.load(row + f.COLS)
+    cols = hinted(tl.load(row + f.COLS), V)
     rows = tl.load(row + f.ROWS)
     slabs = tl.load(row + f.SLABS_PER_MATRIX)
     column = part * V.MERGE_COLS + tl.arange(0, V.MERGE_COLS)

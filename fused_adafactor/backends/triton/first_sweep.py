@@ -32,14 +32,16 @@ def sum_chunk(row, rule, grad, scratch, unit, V: tl.constexpr):
     chunks = tl.load(row + f.CHUNKS)
     begin, end, _ = lines_of(row, unit // chunks)
     first_col, last_col = columns_of(row, unit % chunks)
+    first_col = hinted(first_col, V)
     cols = hinted(tl.load(row + f.COLS), V)
     column = tl.arange(0, V.CHUNK)
+    col_mask = first_col + column < hinted(last_col, V)
     sums = in_scratch(row, scratch, f.CHUNK_SUMS, V.MATH)
     sums += unit % chunks * tl.load(row + f.ROWS) * tl.load(row + f.BATCH)
-    for first in range(begin, end, V.TILE // V.CHUNK):
+    for first in tl.range(begin, end, V.TILE // V.CHUNK, num_stages=V.STAGES):
         line = first + tl.arange(0, V.TILE // V.CHUNK)
-        mask = (line < end)[:, None] & (first_col + column < last_col)[None, :]
-        k = (line * cols + hinted(first_col, V))[:, None] + column[None, :]
+        mask = (line < end)[:, None] & col_mask[None, :]
+        k = (line * cols + first_col)[:, None] + column[None, :]
         g = clipped(read_unclipped(row, rule, grad, k, mask, V), rule, 1.0, V)
         tl.store(sums + line, tl.sum(g * g, 1), mask=line < end)
 
@@ -62,6 +64,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
     ``WIDTH`` is that of a tile, which holds whole lines, or a chunk of very long ones.
     """
     TILE_LINES: tl.constexpr = (V.TILE + WIDTH - 1) // WIDTH
+    STAGES: tl.constexpr = V.STAGES if WIDTH <= V.TILE else V.STAGES - 1  # of larger tiles
     chunks = tl.load(row + f.CHUNKS)
     slab = unit // chunks
     chunk = unit % chunks
@@ -81,7 +84,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
         last = tl.minimum(first_of_block + block, end)
         square = tl.zeros((TILE_LINES, WIDTH), V.MATH)
         weighted = tl.zeros((TILE_LINES, WIDTH), V.MATH)
-        for first in tl.range(first_of_block, last, TILE_LINES, num_stages=V.STAGES):
+        for first in tl.range(first_of_block, last, TILE_LINES, num_stages=STAGES):
             line = first + tl.arange(0, TILE_LINES)
             line_mask = line < last
             mask = line_mask[:, None] & col_mask[None, :]
@@ -113,7 +116,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
                 weighted = tl.fma(num * num, weight[:, None], weighted)
         if V.PARAM_RMS:
             squares = tl.zeros((TILE_LINES, WIDTH), V.MATH)
-            for first in tl.range(first_of_block, last, TILE_LINES, num_stages=V.STAGES):
+            for first in tl.range(first_of_block, last, TILE_LINES, num_stages=STAGES):
                 line = first + tl.arange(0, TILE_LINES)
                 mask = (line < last)[:, None] & col_mask[None, :]
                 k = (line * cols + first_col)[:, None] + column[None, :]
@@ -132,11 +135,12 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
 def sum_flat(row, rule, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
     """Sums over elements that have no lines: of an unfactored tensor, or of tiny matrices."""
     TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
+    STAGES: tl.constexpr = 1 if TINY else V.STAGES  # what a tiny matrix looks at is in the cache
     grad_sq = tl.zeros((1, TILE), V.MATH)
     param_sq = tl.zeros((1, TILE), V.MATH)
     update_sq = tl.zeros((1, TILE), V.MATH)
     begin, end, step = elements_of(row, unit, V)
-    for first in tl.range(begin, end, step, num_stages=V.STAGES):
+    for first in tl.range(begin, end, step, num_stages=STAGES):
         k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
         raw = read_unclipped(row, rule, grad, k, mask, V)

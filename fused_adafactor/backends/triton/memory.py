@@ -17,8 +17,8 @@ def number(rule, FIELD: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def in_scratch(row, scratch, FIELD: tl.constexpr, DTYPE: tl.constexpr):
-    """A place in the scratch."""
-    return (scratch + tl.load(row + FIELD)).to(tl.pointer_type(DTYPE))
+    """A place in the scratch, where every array begins on a cache line of its own."""
+    return tl.multiple_of((scratch + tl.load(row + FIELD)).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit

@@ -114,7 +114,10 @@ def compile_for(source: Source, target: str) -> Report:
     attrs = {(i,): attributes for i, type in enumerate(source.types) if type.startswith("*")}
     ast = ASTSource(step, signature, {step.arg_names[-1]: source.variant}, attrs)
     start = time.perf_counter()
-    kernel = triton.compile(ast, target=gpu, options=dict(source.options))
+    options = dict(source.options)
+    if gpu.backend != "cuda":
+        options.pop("maxnreg", None)  # there is no such option
+    kernel = triton.compile(ast, target=gpu, options=options)
     seconds = time.perf_counter() - start
     read = _nvidia if gpu.backend == "cuda" else _amd
     registers, spill, widest = read(kernel.asm)

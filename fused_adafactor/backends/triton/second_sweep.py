@@ -294,8 +294,8 @@ def average_slab(row, rule, unit, V: tl.constexpr):
     """Move the EMA of a slab's weights, where there is no update."""
     begin, end = _elements(row, unit)
     for first in range(begin, end, V.FLAT_TILE):
-        k = first + tl.arange(0, V.FLAT_TILE)[None, :]
-        _average_alone(row, rule, k, k < end, V)
+        k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
+        _average_alone(row, rule, k, k < hinted(end, V), V)
 
 
 @triton.jit
@@ -303,8 +303,8 @@ def accumulate_slab(row, rule, grad, unit, V: tl.constexpr):
     """Add a slab of g to the accumulator, between two updates."""
     begin, end = _elements(row, unit)
     for first in range(begin, end, V.FLAT_TILE):
-        k = first + tl.arange(0, V.FLAT_TILE)[None, :]
-        mask = k < end
+        k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
+        mask = k < hinted(end, V)
         place = pointer(grad, V.GRAD, V) + offset_of(row, f.GRAD_STRIDES, k, V)
         g = tl.load(place, mask=mask, other=0.0).to(V.MATH) * number(rule, f.GRAD_SCALE, V)
         old = read(row, f.ACCUMULATOR, f.STATE_STRIDES, V.MATH, k, mask, V)

@@ -71,8 +71,8 @@ def tiny_factors(row, rule, grad, factor, k, mask, V: tl.constexpr):
     rows = tl.load(row + f.MATRIX_ROWS)
     cols = tl.load(row + f.MATRIX_COLS)
     matrix = k // (rows * cols)
-    own_row = k // cols % rows
-    own_col = k % cols
+    own_row = (k // cols % rows).to(tl.int32)
+    own_col = (k % cols).to(tl.int32)
     row_var = tl.zeros(k.shape, V.MATH)
     col_sq = tl.zeros(k.shape, V.MATH)
     total = tl.zeros(k.shape, V.MATH)
