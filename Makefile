@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target installs what it needs into .venv by itself.
 
 PYTHON ?= python3# the interpreter that .venv is made from, 3.10 or newer
-ARGS ?=#           passed on by test, demo, bench, micro and gpu: make test ARGS="-k keras"
+ARGS ?=#           passed on by test, codegen, demo, bench, micro and gpu: make test ARGS="-k keras"
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -11,7 +11,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/parity/test_shapes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint type arch fmt test test-interpret test-asan demo bench micro gpu ci clean
+.PHONY: help setup build lint type arch fmt test test-interpret test-asan codegen demo bench micro gpu ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test-asan: .venv/.stamp-dev ## run the kernels' tests with AddressSanitizer and 
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	    FUSED_ADAFACTOR_LIBRARY=$(CURDIR)/build/asan/fused_adafactor/libfused_adafactor.so \
 	    $(BIN)/python -m pytest -n auto --dist worksteal $(ASAN_TESTS) $(ARGS)
+
+codegen: .venv/.stamp-dev ## compile the Triton kernels for GPUs that are not here: no spills, wide accesses (minutes)
+	$(BIN)/python -m fused_adafactor codegen --backend triton $(ARGS)
 
 demo: .venv/.stamp-run ## see it work (installs torch, the package and matplotlib only)
 	$(BIN)/python -m fused_adafactor demo $(ARGS)

@@ -266,7 +266,7 @@ class Engine:
         grads: dict[int, int],
     ) -> _Batch:
         tasks = [prepared.tasks[number] for number in numbers]
-        bindings = [self._bind(task, places[task.spec.id.index][1]) for task in tasks]
+        bindings = [self.bind(task, places[task.spec.id.index][1]) for task in tasks]
         plan, planned = places[tasks[0].spec.id.index]
         executor = None
         if planned.launch is not Launch.EMPTY:
@@ -299,7 +299,9 @@ class Engine:
             plan = self._plans[key] = make_plan(specs, facts, joined)
         return plan
 
-    def _bind(self, task: Task, planned: PlannedTensor) -> Binding:
+    def bind(self, task: Task, planned: PlannedTensor) -> Binding:
+        """Bind a tensor to its memory."""
+
         def entry(name: str) -> Tensor | None:
             return canonical(task.state, task.spec, self.layout, name)
 

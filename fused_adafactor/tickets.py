@@ -39,10 +39,12 @@ class Tuning:
 
     Attributes:
         cut: Of a tensor.
-        tile: Elements that a program holds in the first sweep, with two sums for each. A line that
-            is longer is summed in chunks.
+        tile: Elements that a program holds in the first sweep, with two sums for each, unless one
+            line has more.
+        widest: Elements of a line that it can hold. A longer one is summed in chunks.
         chunk: Columns of such a chunk.
-        flat_tile: Elements that a program holds in the second sweep.
+        flat_tile: Elements that a program holds in the second sweep, or of no lines.
+        tiny_tile: The same of tiny matrices, each of which looks at all of its matrix.
         span: Columns of them, at most.
         narrowest: Columns of a tile, at least.
         wave_bytes: Gradients and parameters between whose two sweeps nothing else is read: with
@@ -56,14 +58,16 @@ class Tuning:
 
     cut: Cut = GPU_CUT
     tile: int = 4096
+    widest: int = 8192
     chunk: int = 2048
     flat_tile: int = 4096
+    tiny_tile: int = 1024
     span: int = 1024
-    narrowest: int = 32
+    narrowest: int = 128
     wave_bytes: int = 8 * 2**20
     rms_units: int = 8
     merges: int = 8
-    stages: int = 4
+    stages: int = 3
     warps: int = 8
     programs_per_processor: int = 1
 
@@ -71,7 +75,8 @@ class Tuning:
         """The same for a math dtype: half as many elements of float64 fit."""
         if dtype is not torch.float64:
             return self
-        return replace(self, tile=self.tile // 2, flat_tile=self.flat_tile // 2)
+        halves = {name: getattr(self, name) // 2 for name in ("tile", "widest", "flat_tile")}
+        return replace(self, **halves)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def pieces_of(
     """
     g = geometry
     lined = g.form is Form.FACTORED
-    chunk = g.cols if g.cols <= tuning.tile or not lined else tuning.chunk
+    chunk = g.cols if g.cols <= tuning.widest or not lined else tuning.chunk
     chunks = -(-g.cols // chunk)
     width = max(tuning.narrowest, _power_of_2(chunk)) if lined else 0
     parts = -(-g.cols // tuning.cut.merge_columns)
@@ -159,7 +164,7 @@ def pieces_of(
         span=min(width, tuning.span),
         chunk=chunk,
         chunks=chunks,
-        stride=tuning.flat_tile // unit * unit if g.form is Form.TINY else tuning.flat_tile,
+        stride=tuning.tiny_tile // unit * unit if g.form is Form.TINY else tuning.flat_tile,
         parts=parts if lined else 0,
         part_lines=-(-g.rows // parts),
         whole=is_whole(g, tuning.cut),
@@ -207,9 +212,7 @@ def scratch_of(pieces: Pieces, itemsize: int, begin: int) -> Scratch:
         s.cross = place(g.batch * g.cols, itemsize)
         s.factor = place(g.batch * g.cols, itemsize)
         s.partial = place(2 * pieces.partials * g.cols, itemsize)
-        s.chunk_sums = place(
-            pieces.chunks * g.batch * g.rows if pieces.chunks > 1 else 0, itemsize
-        )
+        s.chunk_sums = place(pieces.chunks * g.batch * g.rows if pieces.chunks > 1 else 0, itemsize)
     return s
 
 
@@ -264,9 +267,8 @@ def tickets_of(
     tickets: list[Ticket] = []
     waiting: Sequence[int] = ()
     for wave in waves:
-        for number in wave:
-            if pieces[number].whole:
-                tickets.append([i for kind in kinds for i in _items(pieces, number, kind)])
+        whole = [number for number in wave if pieces[number].whole]
+        tickets += [[i for kind in kinds for i in _items(pieces, number, kind)] for number in whole]
         large = [number for number in wave if not pieces[number].whole]
         tickets += [t for number in large for t in _first_sweep(pieces, number, first)]
         tickets += _second_sweep(pieces, waiting, second, tuning)
@@ -277,7 +279,7 @@ def tickets_of(
 def launches_of(
     pieces: Sequence[Pieces], kinds: Sequence[ItemKind], tuning: Tuning
 ) -> Iterator[list[Ticket]]:
-    """Tickets launch by launch, for programs that do not wait: first small tensors, then by kind."""
+    """Tickets launch by launch, for programs that do not wait: small tensors, then by kind."""
     everything = range(len(pieces))
     whole = [number for number in everything if pieces[number].whole]
     large = [number for number in everything if not pieces[number].whole]
@@ -306,9 +308,7 @@ def _items(pieces: Sequence[Pieces], number: int, kind: ItemKind) -> list[Item]:
 
 def _first_sweep(pieces: Sequence[Pieces], number: int, kinds: Sequence[ItemKind]) -> list[Ticket]:
     """Of one tensor; a unit's chunks are summed well before it is its turn."""
-    chunks, stats = (
-        _items(pieces, number, kind) if kind in kinds else [] for kind in FIRST_SWEEP
-    )
+    chunks, stats = (_items(pieces, number, kind) if kind in kinds else [] for kind in FIRST_SWEEP)
     ahead = min(len(chunks), 16 * pieces[number].chunks)
     items = chunks[:ahead]
     for place, item in enumerate(stats):

@@ -114,7 +114,10 @@ def test_numbers_of_every_kind_are_read_and_written_as_they_are(
 ) -> None:
     """With a gradient of 0 nothing moves, subnormals of float16 least of all."""
     cut = replace(SMALL.cut, slab_elements=2**16, free_line=2**14)
-    use(monkeypatch, replace(SMALL, cut=cut, tile=2**14, chunk=2**13, flat_tile=2**14, span=2**13))
+    use(
+        monkeypatch,
+        replace(SMALL, cut=cut, tile=2**14, widest=2**14, chunk=2**13, flat_tile=2**14, span=2**13),
+    )
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()][::9]
     if dtype is BF16:

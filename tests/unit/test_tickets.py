@@ -78,8 +78,10 @@ TUNINGS = st.builds(
         st.sampled_from([0, 64, 1024]),
     ),
     tile=st.sampled_from([32, 256]),
+    widest=st.sampled_from([32, 256]),
     chunk=st.sampled_from([16, 32]),
     flat_tile=st.sampled_from([1024, 2048]),
+    tiny_tile=st.just(1024),
     span=st.sampled_from([16, 64]),
     narrowest=st.just(16),
     wave_bytes=st.sampled_from([1, 2000, 100_000, 2**30]),
@@ -265,7 +267,7 @@ def test_the_second_sweep_goes_back_over_what_was_read_last(
 
 def test_chunks_are_summed_ahead_of_the_slab_that_needs_them() -> None:
     """Nobody waits for a sum that has just been begun, and none is far from its use."""
-    tuning = replace(Tuning(), cut=replace(GPU_CUT, slab_elements=2**19), tile=1024, chunk=512)
+    tuning = replace(Tuning(), cut=replace(GPU_CUT, slab_elements=2**19), widest=1024, chunk=512)
     switches = {"measures": True, "amsgrad_or_clamp": False, "norm_clipped": False}
     pieces = [cut_up(spec_of((4096, 5000)), tuning, **switches)]
     items = flat(tickets_of(pieces, [[0]], kinds_of((Phase.STATS,)), tuning))
@@ -303,7 +305,7 @@ def assert_covered(p: Pieces, tuning: Tuning) -> None:
     assert p.counters == TENSOR_COUNTERS + (g.slabs if p.chunks > 1 else 0)
     if g.form is Form.FACTORED:
         assert p.span <= p.width
-        assert p.chunk <= p.width <= max(tuning.tile, tuning.narrowest)
+        assert p.chunk <= p.width <= max(tuning.widest, tuning.narrowest)
         assert (p.parts - 1) * tuning.cut.merge_columns < g.cols
         assert g.cols <= p.parts * tuning.cut.merge_columns
         assert g.rows <= p.parts * p.part_lines

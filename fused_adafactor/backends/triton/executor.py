@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fused_adafactor.backends.triton import fields as f
 from fused_adafactor.backends.triton.kernel import step
 from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_row, tensor_row
-from fused_adafactor.backends.triton.variants import Traits, Variant, traits_of, variant_of
+from fused_adafactor.backends.triton.variants import Variant, traits_of, variant_of
 from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.slabs import ItemKind, geometry_of
@@ -42,26 +43,54 @@ _PLACES = 3
 class _Group:
     """Tensors that are launched together: they have the same traits."""
 
-    traits: Traits
+    traits: Variant
     numbers: list[int]  # of its tensors
     pieces: list[Pieces]
     waves: list[list[int]]  # by place in the group
 
 
 @dataclass(kw_only=True, eq=False)
-class _Launch:
-    """Tickets on the device, and the kernel that takes them."""
+class Launch:
+    """Tickets on the device, and the kernel that takes them.
+
+    Attributes:
+        tickets: Where the items of each begin, and where those of the last one end.
+        items: Kind, tensor and unit of each.
+        count: Of tickets.
+        programs: That take them.
+        variant: What the kernel is compiled for.
+    """
 
     tickets: Tensor
     items: Tensor
     count: int
     programs: int
     variant: Variant
+    compiled: dict[bool, Any] = field(default_factory=dict)
 
-    @functools.cached_property
+    @property
     def unaligned(self) -> Variant:
         """The variant for gradients that do not begin at multiples of 16 bytes."""
         return self.variant._replace(ALIGNED=False)
+
+    def start(self, arguments: tuple[Any, ...], options: dict[str, Any], aligned: bool) -> None:
+        """Launch it on the current stream of the current device.
+
+        Args:
+            arguments: See ``Executor.arguments``.
+            options: See ``Executor.options``.
+            aligned: Whether every gradient begins at a multiple of 16 bytes. Of views into a
+                buffer that need not be; nothing else about a gradient can change unnoticed.
+        """
+        grid = (self.programs, 1, 1)
+        variant = self.variant if aligned else self.unaligned
+        kernel = self.compiled.get(aligned)
+        if kernel is None:
+            # The interpreter compiles nothing.
+            self.compiled[aligned] = step[grid](*arguments, variant, **options)
+        else:
+            # Without looking for it in Triton's own cache, which takes longer.
+            kernel[grid](*arguments, variant)
 
 
 class Executor:
@@ -93,16 +122,16 @@ class Executor:
         self.groups = self._groups(bindings, pieces)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
         capturable = any(isinstance(c.scalars.t, Tensor) for c, _ in self.cohorts)
-        count, place = len(bindings), {"device": self.device}
+        count, device = len(bindings), self.device
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
-        self.grads = Sent((count,), torch.int64, self.device, capturable)
-        rules_count = len(self.cohorts)
-        self.numbers = Sent((rules_count, f.NUMBERS.value), torch.float64, self.device, capturable)
-        self.integers = Sent((rules_count, f.INTEGERS.value), torch.int64, self.device, capturable)
-        self.outcomes = torch.zeros(count, f.OUTCOMES.value, dtype=torch.float64, **place)
-        self.no_factors = torch.ones(count, dtype=self.math_dtype, **place)
-        self.no_skips = torch.zeros(count, dtype=torch.uint8, **place)
-        self.launches: dict[object, list[_Launch]] = {}
+        self.grads = Sent(count, torch.int64, self.device, capturable)
+        numbers, integers = (n.value * len(self.cohorts) for n in (f.NUMBERS, f.INTEGERS))
+        self.numbers = Sent(numbers, torch.float64, self.device, capturable)
+        self.integers = Sent(integers, torch.int64, self.device, capturable)
+        self.outcomes = torch.zeros((count, f.OUTCOMES.value), dtype=torch.float64, device=device)
+        self.no_factors = torch.ones(count, dtype=self.math_dtype, device=device)
+        self.no_skips = torch.zeros(count, dtype=torch.uint8, device=device)
+        self.launches: dict[object, list[Launch]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
         """The rule of each tensor: its cohort, with its own eps1."""
@@ -130,7 +159,7 @@ class Executor:
         )
 
     def _groups(self, bindings: Sequence[Binding], pieces: Sequence[Pieces]) -> list[_Group]:
-        by_traits: dict[Traits, list[int]] = {}
+        by_traits: dict[Variant, list[int]] = {}
         for number, (b, p) in enumerate(zip(bindings, pieces, strict=True)):
             by_traits.setdefault(traits_of(b, p.geometry), []).append(number)
         groups = []
@@ -193,13 +222,7 @@ class Executor:
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
-        kinds = kinds_of(phases)
-        joined = Phase.STATS not in phases
-        if kinds not in self.launches:
-            self.launches[kinds] = [
-                launch for group in self.groups for launch in self._launches(group, kinds, joined)
-            ]
-        self._launch(self.launches[kinds], exchange)
+        self._launch(self.launches_of(phases), exchange)
         if Phase.APPLY not in phases:
             exchange.grad_sq = self.outcomes[:, f.GRAD_SQ.value].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
@@ -209,10 +232,24 @@ class Executor:
         """Run an activity that has no update."""
         if activity is Activity.DROP:
             self._drop_accumulated(exchange.skip)
+        self._launch(self.launches_of_activity(activity), exchange)
+
+    def launches_of(self, phases: Sequence[Phase]) -> list[Launch]:
+        """What steps the tensors, in order; made when it is first asked for."""
+        kinds = kinds_of(phases)
+        joined = Phase.STATS not in phases
+        if kinds not in self.launches:
+            self.launches[kinds] = [
+                launch for group in self.groups for launch in self._launches(group, kinds, joined)
+            ]
+        return self.launches[kinds]
+
+    def launches_of_activity(self, activity: Activity) -> list[Launch]:
+        """The same for an activity that has no update."""
         kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
         if kind not in self.launches:
             self.launches[kind] = [self._activity_launch(group, kind) for group in self.groups]
-        self._launch(self.launches[kind], exchange)
+        return self.launches[kind]
 
     def _drop_accumulated(self, skip: Tensor | None) -> None:
         for number, accumulator in self.accumulators:
@@ -221,20 +258,20 @@ class Executor:
             else:
                 accumulator.masked_fill_(~skip[number], 0.0)
 
-    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[_Launch]:
+    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[Launch]:
         if self.waits:
             tickets = [tickets_of(group.pieces, group.waves, kinds, self.tuning)]
         else:
             tickets = list(launches_of(group.pieces, kinds, self.tuning))
         return [self._make(group, t, self.waits, joined) for t in tickets if t]
 
-    def _activity_launch(self, group: _Group, kind: ItemKind) -> _Launch:
+    def _activity_launch(self, group: _Group, kind: ItemKind) -> Launch:
         tickets: list[Ticket] = [
             [(kind, n, unit)] for n, p in enumerate(group.pieces) for unit in range(p.units)
         ]
         return self._make(group, tickets, waits=False, joined=False)
 
-    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> _Launch:
+    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> Launch:
         items: list[Item] = [item for ticket in tickets for item in ticket]
         ends = [0]
         for ticket in tickets:
@@ -243,7 +280,7 @@ class Executor:
         pieces = [group.pieces[n] for n in sorted(concerned)]
         kinds = sorted({kind for kind, _, _ in items})
         numbered = [(int(kind), group.numbers[n], unit) for kind, n, unit in items]
-        return _Launch(
+        return Launch(
             tickets=torch.tensor(ends, dtype=torch.int32, device="cpu").to(self.device),
             items=torch.tensor(numbered, dtype=torch.int32, device="cpu").to(self.device),
             count=len(tickets),
@@ -260,42 +297,58 @@ class Executor:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return processors * self.tuning.programs_per_processor
 
-    def _launch(self, launches: Sequence[_Launch], exchange: Exchange) -> None:
+    def _launch(self, launches: Sequence[Launch], exchange: Exchange) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
-        self._send(addresses)
-        # Of views into a buffer, say; nothing else about a gradient's memory can change unnoticed.
-        misaligned = reduce(or_, addresses, 0) % 16 != 0
         factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
-        for launch in launches:
-            step[(launch.programs,)](
-                launch.tickets,
-                launch.items,
-                self.table,
-                self.grads.on_device,
-                self.numbers.on_device,
-                self.integers.on_device,
-                factors,
-                skips,
-                self.scratch,
-                self.outcomes,
-                self.counters,
-                0,
-                launch.count,
-                self.counters.numel(),
-                launch.unaligned if misaligned else launch.variant,
-                num_warps=self.tuning.warps,
-                enable_fp_fusion=False,
-            )
+        aligned = reduce(or_, addresses, 0) % 16 == 0
+        with _current(self.device):
+            self._send(addresses)
+            for launch in launches:
+                launch.start(self.arguments(launch, factors, skips), self.options, aligned)
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
 
-    def _send(self, addresses: list[int]) -> None:
+    def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> tuple[Tensor | int, ...]:
+        """What a kernel is called with, but for its variant."""
+        return (
+            launch.tickets,
+            launch.items,
+            self.table,
+            self.grads.on_device,
+            self.numbers.on_device,
+            self.integers.on_device,
+            factors,
+            skips,
+            self.scratch,
+            self.outcomes,
+            self.counters,
+            0,
+            launch.count,
+            self.counters.numel(),
+        )
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What it is compiled with. a * b + c is one operation only where a formula says so."""
+        return {"num_warps": self.tuning.warps, "enable_fp_fusion": False}
+
+    def _send(self, addresses: Sequence[int]) -> None:
         """What is new in this step."""
-        self.numbers.send([x for cohort in self.cohorts for x in numbers_row(*cohort)])
-        self.integers.send([x for cohort, _ in self.cohorts for x in integers_row(cohort)])
         self.grads.send(addresses or [0] * len(self.params))
+        self.numbers.send_mixed([x for cohort in self.cohorts for x in numbers_row(*cohort)])
+        if any(group.traits.STOCHASTIC for group in self.groups):
+            self.integers.send_mixed(
+                [x for cohort, _ in self.cohorts for x in integers_row(cohort)]
+            )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes a device the current one, which a kernel is launched on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _as_meant(grads: Sequence[Tensor]) -> Sequence[Tensor]:

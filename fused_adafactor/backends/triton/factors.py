@@ -6,13 +6,21 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
-from fused_adafactor.backends.triton.formulas import INFINITY, inverse_root, is_finite, quotient, root
+from fused_adafactor.backends.triton.formulas import (
+    INFINITY,
+    inverse_root,
+    is_finite,
+    quotient,
+    root,
+)
 from fused_adafactor.backends.triton.memory import in_scratch, number, pointer
 from fused_adafactor.backends.triton.update import new_factor
 
 
 @triton.jit
-def finish_columns(row, rule, scratch, matrix, part, column, mask, square, weighted, V: tl.constexpr):
+def finish_columns(
+    row, rule, scratch, matrix, part, column, mask, square, weighted, V: tl.constexpr
+):
     """New second moments across the lines of a matrix, of some columns whose sums are complete.
 
     Args:
@@ -50,12 +58,13 @@ def finish_columns(row, rule, scratch, matrix, part, column, mask, square, weigh
 @triton.jit
 def finish_lines(row, rule, scratch, factor, matrix, part, begin, end, V: tl.constexpr):
     """What the second moments of some lines of a matrix add up to, from begin to end."""
+    VECTOR: tl.constexpr = V.VECTOR
     rows = tl.load(row + f.ROWS)
     lines = in_scratch(row, scratch, f.LINES, V.MATH) + matrix * rows
     old_lines = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V) + matrix * rows
-    total = tl.zeros((V.VECTOR,), tl.float64)
-    least = tl.full((V.VECTOR,), INFINITY, V.MATH)
-    most = tl.zeros((V.VECTOR,), V.MATH)
+    total = tl.zeros((VECTOR,), tl.float64)
+    least = tl.full((VECTOR,), INFINITY, V.MATH)
+    most = tl.zeros((VECTOR,), V.MATH)
     for first in range(begin, end, V.VECTOR):
         line = first + tl.arange(0, V.VECTOR)
         mask = line < end
@@ -82,9 +91,10 @@ def _part(row, scratch, matrix, part):
     return in_scratch(row, scratch, f.PART_SUMS, tl.float64) + number_of_part * f.PART_FIELDS
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def merge(row, rule, scratch, factor, item, V: tl.constexpr):
     """Add up the sums of the slabs of a matrix, of some columns, in the order of the slabs."""
+    COLS: tl.constexpr = V.MERGE_COLS
     parts = tl.load(row + f.PARTS)
     matrix = item // parts
     part = item % parts
@@ -94,8 +104,8 @@ def merge(row, rule, scratch, factor, item, V: tl.constexpr):
     column = part * V.MERGE_COLS + tl.arange(0, V.MERGE_COLS)
     mask = column < cols
     partial = in_scratch(row, scratch, f.PARTIAL, V.MATH) + 2 * matrix * slabs * cols
-    square = tl.zeros((V.MERGE_COLS,), V.MATH)
-    weighted = tl.zeros((V.MERGE_COLS,), V.MATH)
+    square = tl.zeros((COLS,), V.MATH)
+    weighted = tl.zeros((COLS,), V.MATH)
     for first in range(0, slabs, V.MERGE_SLABS):
         slab = first + tl.arange(0, V.MERGE_SLABS)
         place = partial + (2 * slab * cols)[:, None] + column[None, :]
@@ -108,7 +118,9 @@ def merge(row, rule, scratch, factor, item, V: tl.constexpr):
     finish_columns(row, rule, scratch, matrix, part, column, mask, square, weighted, V)
     lines = tl.load(row + f.PART_LINES)
     begin = tl.minimum(part * lines, rows)
-    finish_lines(row, rule, scratch, factor, matrix, part, begin, tl.minimum(begin + lines, rows), V)
+    finish_lines(
+        row, rule, scratch, factor, matrix, part, begin, tl.minimum(begin + lines, rows), V
+    )
 
 
 @triton.jit
@@ -119,16 +131,17 @@ def total_grad_sq(row, scratch, outcome, V: tl.constexpr):
 
 @triton.jit
 def _sum_of_units(row, scratch, FIELD: tl.constexpr, V: tl.constexpr):
+    VECTOR: tl.constexpr = V.VECTOR
     sums = in_scratch(row, scratch, f.SUMS, tl.float64)
     units = tl.load(row + f.UNITS)
-    total = tl.zeros((V.VECTOR,), tl.float64)
+    total = tl.zeros((VECTOR,), tl.float64)
     for first in range(0, units, V.VECTOR):
         unit = first + tl.arange(0, V.VECTOR)
         total += tl.load(sums + unit * f.UNIT_SUMS + FIELD, mask=unit < units, other=0.0)
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def finalize(row, rule, scratch, outcome, V: tl.constexpr):
     """Norms, clamps, what is known of Σ u², and the step size.
 
@@ -143,7 +156,7 @@ def finalize(row, rule, scratch, outcome, V: tl.constexpr):
         if form == f.FACTORED:
             update_sq, unknown = _finalize_matrices(row, rule, scratch, V)
             measured = tl.where(unknown, 0, 1)
-    if V.FLAT:
+    if V.UNFACTORED or V.TINY:
         if form != f.FACTORED:
             if V.NORM_CLIPPED:
                 measured = tl.zeros((), tl.int32)  # nothing has been taken of a clipped gradient
@@ -172,7 +185,7 @@ def finalize(row, rule, scratch, outcome, V: tl.constexpr):
     return measured
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def measure(row, rule, scratch, outcome, V: tl.constexpr):
     """RMS(u) once the third sweep is over."""
     rest = _sum_of_units(row, scratch, f.UNIT_UPDATE_SQ, V)
@@ -191,21 +204,22 @@ def _set_clip(row, rule, outcome, update_sq):
 @triton.jit
 def _finalize_matrices(row, rule, scratch, V: tl.constexpr):
     """What is known of Σ u², and whether any of it is not."""
+    MATRICES: tl.constexpr = V.MATRICES
     batch = tl.load(row + f.BATCH)
     parts = tl.load(row + f.PARTS)
-    known = tl.zeros((V.MATRICES,), tl.float64)
-    unknown = tl.zeros((V.MATRICES,), tl.int32)
+    known = tl.zeros((MATRICES,), tl.float64)
+    unknown = tl.zeros((MATRICES,), tl.int32)
     for first in range(0, batch, V.MATRICES):
         matrix = first + tl.arange(0, V.MATRICES)
         mask = matrix < batch
-        share = tl.zeros((V.MATRICES,), tl.float64)
-        grad_sq = tl.zeros((V.MATRICES,), tl.float64)
-        line_sum = tl.zeros((V.MATRICES,), tl.float64)
-        cross_sum = tl.zeros((V.MATRICES,), tl.float64)
-        line_min = tl.full((V.MATRICES,), INFINITY, tl.float64)
-        cross_min = tl.full((V.MATRICES,), INFINITY, tl.float64)
-        line_max = tl.zeros((V.MATRICES,), tl.float64)
-        cross_max = tl.zeros((V.MATRICES,), tl.float64)
+        share = tl.zeros((MATRICES,), tl.float64)
+        grad_sq = tl.zeros((MATRICES,), tl.float64)
+        line_sum = tl.zeros((MATRICES,), tl.float64)
+        cross_sum = tl.zeros((MATRICES,), tl.float64)
+        line_min = tl.full((MATRICES,), INFINITY, tl.float64)
+        cross_min = tl.full((MATRICES,), INFINITY, tl.float64)
+        line_max = tl.zeros((MATRICES,), tl.float64)
+        cross_max = tl.zeros((MATRICES,), tl.float64)
         for first_part in range(0, parts, V.PARTS):
             part = first_part + tl.arange(0, V.PARTS)
             record = in_scratch(row, scratch, f.PART_SUMS, tl.float64)

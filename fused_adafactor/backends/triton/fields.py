@@ -1,4 +1,4 @@
-"""The columns of the tables that a launch reads: what Python fills, and what the kernels look up."""
+"""Columns of the tables that a launch reads: what Python fills, and what the kernels look up."""
 
 from __future__ import annotations
 
@@ -130,6 +130,7 @@ PART_GRAD_SQ = tl.constexpr(7)
 PART_FIELDS = tl.constexpr(8)
 
 # How the second moments of a tensor come about; see ``slabs.Form``.
+UNFACTORED = tl.constexpr(0)
 FACTORED = tl.constexpr(1)
 TINY = tl.constexpr(3)
 

@@ -26,7 +26,7 @@ from fused_adafactor.backends.triton.update import (
 )
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def sum_chunk(row, rule, grad, scratch, unit, V: tl.constexpr):
     """Σ_j g² of the lines of a slab, over the columns of one chunk."""
     chunks = tl.load(row + f.CHUNKS)
@@ -55,7 +55,7 @@ def _sum_of_chunks(row, scratch, line, mask, V: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constexpr):
     """Sums over a slab of lines of matrices, along them and across; final second moments of lines.
 
@@ -128,21 +128,22 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
     _store_sums(row, scratch, unit, tl.sum(grad_sq, 0), tl.sum(param_sq, 0), 0.0)
 
 
-@triton.jit
-def sum_flat(row, rule, grad, scratch, unit, V: tl.constexpr):
-    """Sums over elements that have no lines: unfactored tensors, and tiny matrices."""
-    grad_sq = tl.zeros((1, V.FLAT_TILE), V.MATH)
-    param_sq = tl.zeros((1, V.FLAT_TILE), V.MATH)
-    update_sq = tl.zeros((1, V.FLAT_TILE), V.MATH)
+@triton.jit(noinline=True)
+def sum_flat(row, rule, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
+    """Sums over elements that have no lines: of an unfactored tensor, or of tiny matrices."""
+    TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
+    grad_sq = tl.zeros((1, TILE), V.MATH)
+    param_sq = tl.zeros((1, TILE), V.MATH)
+    update_sq = tl.zeros((1, TILE), V.MATH)
     begin, end, step = elements_of(row, unit, V)
     for first in tl.range(begin, end, step, num_stages=V.STAGES):
-        k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
+        k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
         raw = read_unclipped(row, rule, grad, k, mask, V)
         grad_sq = tl.fma(raw, raw, grad_sq)
         if V.MEASURES and not V.NORM_CLIPPED:
             g = clipped(raw, rule, 1.0, V)
-            inverse_v, _, _ = flat_factors(row, rule, grad, 1.0, g, k, mask, V)
+            inverse_v, _, _ = flat_factors(row, rule, grad, 1.0, g, k, mask, TINY, V)
             u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
             update_sq = tl.fma(u, u, update_sq)
         if V.PARAM_RMS:
@@ -167,19 +168,33 @@ def elements_of(row, slab, V: tl.constexpr):
 
 
 @triton.jit
-def flat_factors(row, rule, grad, factor, g, k, mask, V: tl.constexpr):
+def flat_factors(row, rule, grad, factor, g, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     """1 / sqrt(v) of such elements, and what has to be stored of it: v, or row_var and col_var."""
-    inverse_v = tl.zeros(k.shape, V.MATH)
-    first = inverse_v
-    second = inverse_v
-    if V.UNFACTORED:
-        if tl.load(row + f.FORM) != f.TINY:
-            first = new_var(row, rule, g, k, mask, V)
-            inverse_v = inverse_root(first)
-    if V.TINY:
-        if tl.load(row + f.FORM) == f.TINY:
-            inverse_v, first, second = tiny_factors(row, rule, grad, factor, k, mask, V)
+    if TINY:
+        inverse_v, first, second = tiny_factors(row, rule, grad, factor, k, mask, V)
+    else:
+        first = new_var(row, rule, g, k, mask, V)
+        inverse_v = inverse_root(first)
+        second = first
     return inverse_v, first, second
+
+
+@triton.jit
+def sum_unit(row, rule, grad, scratch, unit, V: tl.constexpr):
+    """The sums of a unit, whatever its form."""
+    form = tl.load(row + f.FORM)
+    if V.LINES:
+        if form == f.FACTORED:
+            width = tl.load(row + f.WIDTH)
+            for i in tl.static_range(len(V.WIDTHS)):
+                if width == V.WIDTHS[i]:
+                    sum_lines(row, rule, grad, scratch, unit, V.WIDTHS[i], V)
+    if V.UNFACTORED:
+        if form == f.UNFACTORED:
+            sum_flat(row, rule, grad, scratch, unit, False, V)
+    if V.TINY:
+        if form == f.TINY:
+            sum_flat(row, rule, grad, scratch, unit, True, V)
 
 
 @triton.jit

@@ -7,14 +7,12 @@ import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
 from fused_adafactor.backends.triton.factors import finalize, measure, merge, total_grad_sq
-from fused_adafactor.backends.triton.first_sweep import sum_chunk, sum_flat, sum_lines
+from fused_adafactor.backends.triton.first_sweep import sum_chunk, sum_unit
 from fused_adafactor.backends.triton.second_sweep import (
     accumulate_slab,
-    apply_flat,
-    apply_lines,
+    apply_unit,
     average_slab,
-    measure_flat,
-    measure_lines,
+    measure_unit,
 )
 
 
@@ -61,7 +59,6 @@ def run_item(
     chunks = tl.load(row + f.CHUNKS)
     grad = tl.load(grads + tensor)
     factor = tl.load(factors + tensor).to(V.MATH)
-    lined = tl.load(row + f.FORM) == f.FACTORED
     if V.KINDS[f.CHUNK_KIND]:
         if kind == f.CHUNK_KIND:
             _wait_for_place(row, counters, V)
@@ -70,18 +67,10 @@ def run_item(
     if V.KINDS[f.STATS_KIND]:
         if kind == f.STATS_KIND:
             _wait_for_place(row, counters, V)
-            if V.LINES:
-                if lined:
-                    if V.CHUNKED:
-                        if chunks > 1:
-                            wait_for(progress + f.CHUNKS_DONE + unit // chunks, chunks, V)
-                    width = tl.load(row + f.WIDTH)
-                    for i in tl.static_range(len(V.WIDTHS)):
-                        if width == V.WIDTHS[i]:
-                            sum_lines(row, rule, grad, scratch, unit, V.WIDTHS[i], V)
-            if V.FLAT:
-                if lined == 0:
-                    sum_flat(row, rule, grad, scratch, unit, V)
+            if V.CHUNKED:
+                if chunks > 1:
+                    wait_for(progress + f.CHUNKS_DONE + unit // chunks, chunks, V)
+            sum_unit(row, rule, grad, scratch, unit, V)
             count_up(progress + f.STATS_DONE, V)
     if V.KINDS[f.TOTAL_KIND]:
         if kind == f.TOTAL_KIND:
@@ -106,17 +95,7 @@ def run_item(
         if kind == f.UPDATE_RMS_KIND:
             wait_for(progress + f.FINALIZED, 1, V)
             if tl.load(outcome + f.UNKNOWN) > 0:
-                if V.LINES:
-                    if lined:
-                        span = tl.load(row + f.SPAN)
-                        for i in tl.static_range(len(V.SPANS)):
-                            if span == V.SPANS[i]:
-                                measure_lines(
-                                    row, rule, grad, factor, scratch, unit, V.SPANS[i], V
-                                )  # fmt: skip
-                if V.FLAT and V.NORM_CLIPPED:
-                    if lined == 0:
-                        measure_flat(row, rule, grad, factor, scratch, unit, V)
+                measure_unit(row, rule, grad, factor, scratch, unit, V)
             count_up(progress + f.RMS_DONE, V)
     if V.MEASURES and V.KINDS[f.MEASURE_KIND]:
         if kind == f.MEASURE_KIND:
@@ -129,18 +108,7 @@ def run_item(
         if kind == f.APPLY_KIND:
             wait_for(progress + f.MEASURED, 1, V)
             if tl.load(skips + tensor) == 0:
-                if V.LINES:
-                    if lined:
-                        span = tl.load(row + f.SPAN)
-                        for i in tl.static_range(len(V.SPANS)):
-                            if span == V.SPANS[i]:
-                                apply_lines(
-                                    row, rule, key, grad, factor, scratch, outcome, unit,
-                                    V.SPANS[i], V,
-                                )  # fmt: skip
-                if V.FLAT:
-                    if lined == 0:
-                        apply_flat(row, rule, key, grad, factor, outcome, unit, V)
+                apply_unit(row, rule, key, grad, factor, scratch, outcome, unit, V)
             count_up(counters + tl.load(row + f.WAVE), V)
     if V.ACCUMULATES and V.KINDS[f.ACCUMULATE_KIND]:
         if kind == f.ACCUMULATE_KIND:
@@ -232,7 +200,9 @@ def step(
         if tl.atomic_add(counters + f.PROGRAMS_DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             for first in range(0, counter_count, V.VECTOR):
                 place = first + tl.arange(0, V.VECTOR)
-                tl.store(counters + place, tl.zeros((V.VECTOR,), tl.int32), mask=place < counter_count)
+                tl.store(
+                    counters + place, tl.zeros(place.shape, tl.int32), mask=place < counter_count
+                )
     else:
         run_ticket(
             begin + tl.program_id(0), tickets, items, table, grads, numbers, integers, factors,

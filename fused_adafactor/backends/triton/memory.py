@@ -58,24 +58,51 @@ def offset_of(row, STRIDES: tl.constexpr, k, V: tl.constexpr):
 
 
 @triton.jit
-def read(row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, V: tl.constexpr):
-    """Elements in the math dtype, 0 where the mask is."""
+def read(
+    row,
+    FIELD: tl.constexpr,
+    STRIDES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    k,
+    mask,
+    V: tl.constexpr,
+    LAST: tl.constexpr = False,
+):
+    """Elements in the math dtype, 0 where the mask is.
+
+    What is read for the ``LAST`` time in a step makes room in the L2 cache for the next wave, and
+    so does what is written.
+    """
     place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
-    return tl.load(place, mask=mask, other=0.0).to(V.MATH)
+    return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "").to(
+        V.MATH
+    )
 
 
 @triton.jit
-def write(row, FIELD: tl.constexpr, STRIDES: tl.constexpr, DTYPE: tl.constexpr, k, mask, value, V: tl.constexpr):
+def write(
+    row,
+    FIELD: tl.constexpr,
+    STRIDES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    k,
+    mask,
+    value,
+    V: tl.constexpr,
+):
     """Store elements, rounded to nearest."""
     place = pointer(tl.load(row + FIELD), DTYPE, V) + offset_of(row, STRIDES, k, V)
-    tl.store(place, round_nearest(value, DTYPE), mask=mask)
+    tl.store(place, round_nearest(value, DTYPE), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
-def read_unclipped(row, rule, grad, k, mask, V: tl.constexpr):
+def read_unclipped(row, rule, grad, k, mask, V: tl.constexpr, LAST: tl.constexpr = False):
     """The gradient: divided by the loss scale, then averaged over accumulated steps."""
     place = pointer(grad, V.GRAD, V) + offset_of(row, f.GRAD_STRIDES, k, V)
-    g = tl.load(place, mask=mask, other=0.0).to(V.MATH) * number(rule, f.GRAD_SCALE, V)
+    g = tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "").to(
+        V.MATH
+    )
+    g = g * number(rule, f.GRAD_SCALE, V)
     if V.ACCUMULATES:
         g += read(row, f.ACCUMULATOR, f.STATE_STRIDES, V.MATH, k, mask, V)
         steps = tl.zeros(k.shape, V.MATH) + number(rule, f.ACCUMULATION_STEPS, V)
@@ -95,9 +122,9 @@ def clipped(g, rule, factor, V: tl.constexpr):
 
 
 @triton.jit
-def read_grad(row, rule, grad, factor, k, mask, V: tl.constexpr):
+def read_grad(row, rule, grad, factor, k, mask, V: tl.constexpr, LAST: tl.constexpr = False):
     """g: unscaled, averaged, clipped; in Keras' order."""
-    return clipped(read_unclipped(row, rule, grad, k, mask, V), rule, factor, V)
+    return clipped(read_unclipped(row, rule, grad, k, mask, V, LAST), rule, factor, V)
 
 
 @triton.jit

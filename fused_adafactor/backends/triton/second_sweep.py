@@ -47,7 +47,7 @@ def _line_factors(row, scratch, line, mask, V: tl.constexpr):
     return inverse_root(quotient(x, norm)), x
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V: tl.constexpr):
     """Σ u² of those lines of a slab for which it is not known, less what was counted for them."""
     TILE_LINES: tl.constexpr = V.FLAT_TILE // SPAN
@@ -93,23 +93,24 @@ def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V:
     tl.store(sums + f.UNIT_UPDATE_SQ, tl.sum(total, 0))
 
 
-@triton.jit
-def measure_flat(row, rule, grad, factor, scratch, unit, V: tl.constexpr):
+@triton.jit(noinline=True)
+def measure_flat(row, rule, grad, factor, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
     """Σ u² of elements that have no lines, where the norm to clip by is known only now."""
-    total = tl.zeros((1, V.FLAT_TILE), V.MATH)
+    TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
+    total = tl.zeros((1, TILE), V.MATH)
     begin, end, step = elements_of(row, unit, V)
     for first in range(begin, end, step):
-        k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
+        k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
         g = read_grad(row, rule, grad, factor, k, mask, V)
-        inverse_v, _, _ = flat_factors(row, rule, grad, factor, g, k, mask, V)
+        inverse_v, _, _ = flat_factors(row, rule, grad, factor, g, k, mask, TINY, V)
         u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
         total = tl.fma(u, u, total)
     sums = in_scratch(row, scratch, f.SUMS, tl.float64) + unit * f.UNIT_SUMS
     tl.store(sums + f.UNIT_UPDATE_SQ, tl.sum(tl.sum(total, 1), 0).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def apply_lines(
     row, rule, integers, grad, factor, scratch, outcome, unit, SPAN: tl.constexpr, V: tl.constexpr
 ):
@@ -136,7 +137,7 @@ def apply_lines(
                 col_mask = col < hinted(last_col, V)
                 mask = here[:, None] & col_mask[None, :]
                 k = (line * cols)[:, None] + col[None, :]
-                g = read_grad(row, rule, grad, factor, k, mask, V)
+                g = read_grad(row, rule, grad, factor, k, mask, V, True)
                 col_factor = tl.load(factors + col, mask=col_mask, other=0.0)
                 inverse_v = line_factor[:, None] * col_factor[None, :]
                 _apply(
@@ -152,23 +153,62 @@ def apply_lines(
                 tl.store(place + col, cross.to(V.MOMENT), mask=col < last_col)
 
 
-@triton.jit
-def apply_flat(row, rule, integers, grad, factor, outcome, unit, V: tl.constexpr):
+@triton.jit(noinline=True)
+def apply_flat(
+    row, rule, integers, grad, factor, outcome, unit, TINY: tl.constexpr, V: tl.constexpr
+):
     """Write elements that have no lines, and what else the tensor owns of them."""
+    TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
     begin, end, step = elements_of(row, unit, V)
     for first in range(begin, end, step):
-        k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
+        k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
-        g = read_grad(row, rule, grad, factor, k, mask, V)
-        inverse_v, var, col_var = flat_factors(row, rule, grad, factor, g, k, mask, V)
+        g = read_grad(row, rule, grad, factor, k, mask, V, True)
+        inverse_v, var, col_var = flat_factors(row, rule, grad, factor, g, k, mask, TINY, V)
         base = tl.zeros((1,), tl.int64) + first
-        _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, V.FLAT_TILE, V)
-        if V.UNFACTORED:
-            if tl.load(row + f.FORM) != f.TINY:
-                write(row, f.VAR, f.STATE_STRIDES, V.MOMENT, k, mask, var, V)
-        if V.TINY:
-            if tl.load(row + f.FORM) == f.TINY:
-                write_tiny_factors(row, var, col_var, k, mask, V)
+        _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, TILE, V)
+        if TINY:
+            write_tiny_factors(row, var, col_var, k, mask, V)
+        else:
+            write(row, f.VAR, f.STATE_STRIDES, V.MOMENT, k, mask, var, V)
+
+
+@triton.jit
+def measure_unit(row, rule, grad, factor, scratch, unit, V: tl.constexpr):
+    """The third sweep of a unit, whatever its form."""
+    form = tl.load(row + f.FORM)
+    if V.LINES:
+        if form == f.FACTORED:
+            span = tl.load(row + f.SPAN)
+            for i in tl.static_range(len(V.SPANS)):
+                if span == V.SPANS[i]:
+                    measure_lines(row, rule, grad, factor, scratch, unit, V.SPANS[i], V)
+    if V.UNFACTORED and V.NORM_CLIPPED:
+        if form == f.UNFACTORED:
+            measure_flat(row, rule, grad, factor, scratch, unit, False, V)
+    if V.TINY and V.NORM_CLIPPED:
+        if form == f.TINY:
+            measure_flat(row, rule, grad, factor, scratch, unit, True, V)
+
+
+@triton.jit
+def apply_unit(row, rule, integers, grad, factor, scratch, outcome, unit, V: tl.constexpr):
+    """The second sweep of a unit, whatever its form."""
+    form = tl.load(row + f.FORM)
+    if V.LINES:
+        if form == f.FACTORED:
+            span = tl.load(row + f.SPAN)
+            for i in tl.static_range(len(V.SPANS)):
+                if span == V.SPANS[i]:
+                    apply_lines(
+                        row, rule, integers, grad, factor, scratch, outcome, unit, V.SPANS[i], V
+                    )
+    if V.UNFACTORED:
+        if form == f.UNFACTORED:
+            apply_flat(row, rule, integers, grad, factor, outcome, unit, False, V)
+    if V.TINY:
+        if form == f.TINY:
+            apply_flat(row, rule, integers, grad, factor, outcome, unit, True, V)
 
 
 @triton.jit
@@ -187,7 +227,7 @@ def _apply(
         delta = exp_avg
     else:
         delta = u * (alpha * by_clip)
-    p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V)
+    p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V, True)
     if V.KAHAN:
         p += read(row, f.COMPENSATION, f.STATE_STRIDES, V.PARAM, k, mask, V)
     value = tl.fma(tl.zeros(k.shape, V.MATH) + tl.load(outcome + f.DECAYED).to(V.MATH), p, -delta)

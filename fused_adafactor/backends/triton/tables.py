@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -125,19 +126,16 @@ class Sent:
     lies on the device is then not known any more, so from then on everything is sent.
 
     Args:
-        shape: Of the numbers.
+        count: Of the numbers.
         dtype: float64 or int64.
         device: Where they are read.
         spares: Whether a graph may be captured.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spares: bool
-    ) -> None:
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device, spares: bool) -> None:
         """Make the copy, and buffers for captures: none can be made during one."""
-        self.on_device = torch.zeros(shape, dtype=dtype, device=device)
-        self._slots = self.on_device.view(-1).unbind() if len(self.on_device.view(-1)) else ()
-        self._last: list[float] | None = None
+        self.on_device = torch.zeros(count, dtype=dtype, device=device)
+        self._last: Sequence[float] | None = None
         self._captured: list[Tensor] = []
         self._spares: list[Tensor] = []
         self._keeps_spares = spares and device.type == "cuda"
@@ -148,30 +146,34 @@ class Sent:
             spare = torch.zeros(self.on_device.shape, dtype=self.on_device.dtype, device="cpu")
             self._spares.append(spare.pin_memory())
 
-    def send(self, values: Sequence[Number]) -> None:
-        """Bring the copy up to date; entries that are tensors are copied on the device."""
-        host = [0.0 if isinstance(value, Tensor) else value for value in values]
-        capturing = self.on_device.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing:
-            self._send_captured(host)
-        elif host != self._last or self._captured:
+    def send(self, numbers: Sequence[float]) -> None:
+        """Bring the copy up to date."""
+        if self.on_device.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._send_captured(numbers)
+        elif numbers != self._last or self._captured:
             self._restock()
-            dtype = self.on_device.dtype
-            numbers = torch.tensor(host, dtype=dtype, device="cpu").view(self.on_device.shape)
+            host = torch.tensor(numbers, dtype=self.on_device.dtype, device="cpu")
             # Small pageable memory is staged before the call returns: nothing waits for it.
-            self.on_device.copy_(numbers, non_blocking=True)
-            self._last = host
-        for slot, value in zip(self._slots, values, strict=True):
-            if isinstance(value, Tensor):
-                slot.copy_(value.reshape(()), non_blocking=True)
+            self.on_device.copy_(host, non_blocking=True)
+            self._last = numbers
 
-    def _send_captured(self, host: Sequence[float]) -> None:
+    def send_mixed(self, numbers: Sequence[Number]) -> None:
+        """The same where some are tensors of the device, which the host is not asked for."""
+        there = [(n, value) for n, value in enumerate(numbers) if isinstance(value, Tensor)]
+        if not there:
+            return self.send(cast("Sequence[float]", numbers))
+        host = [0.0 if isinstance(number, Tensor) else number for number in numbers]
+        self.send(host)
+        for n, value in there:
+            self.on_device[n].copy_(value.reshape(()), non_blocking=True)
+
+    def _send_captured(self, numbers: Sequence[float]) -> None:
         if not self._spares:
             raise RuntimeError(
                 f"no buffer is left to capture step() with, after {_SPARE_BUFFERS} captures in a "
                 "row; take a step outside of a graph between them"
             )
         buffer = self._spares.pop()
-        buffer.view(-1).copy_(torch.tensor(host, dtype=buffer.dtype, device="cpu"))
+        buffer.copy_(torch.tensor(numbers, dtype=buffer.dtype, device="cpu"))
         self.on_device.copy_(buffer, non_blocking=True)
         self._captured.append(buffer)

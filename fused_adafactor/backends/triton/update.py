@@ -116,7 +116,7 @@ def write_tiny_factors(row, row_var, col_var, k, mask, V: tl.constexpr):
 
 @triton.jit
 def update_of(row, rule, grad, inverse_v, k, mask, V: tl.constexpr):
-    """u before clipping, from g and 1 / sqrt(v); with the new average of g and AMSGrad's maximum."""
+    """u before clipping, from g and 1 / sqrt(v); also the new average of g and maximum of v."""
     num, exp_avg = numerator(row, rule, grad, k, mask, V)
     inverse_v = at_most(inverse_v, number(rule, f.MOST_ROOT, V))
     var_max = inverse_v

@@ -24,8 +24,11 @@ _DTYPES = {
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 
 
-class Traits(NamedTuple):
-    """What tensors of one launch have in common.
+class Variant(NamedTuple):
+    """What one launch is compiled for.
+
+    First the traits, which all of its tensors have; then what there is among these tensors, and how
+    they are launched; then sizes.
 
     Attributes:
         MATH: Dtype of every formula.
@@ -47,6 +50,27 @@ class Traits(NamedTuple):
         STRIDED: Elements lie anywhere; otherwise one after the other, as they are numbered.
         ALIGNED: Every line, and every array, begins at a multiple of 16 bytes.
         WHOLE_BLOCKS: Eight neighbours share a Philox block.
+        WEIGHS: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
+        LINES: There are matrices.
+        UNFACTORED: There are tensors with a second moment for each element.
+        TINY: There are tiny matrices.
+        CHUNKED: Some lines are summed in chunks.
+        WIDTHS: Of tiles in the first sweep.
+        SPANS: Of tiles in the second sweep.
+        KINDS: For each kind of item, whether there is one.
+        WAITS: Whether items wait for each other.
+        JOINED: The first sweep was another launch.
+        TILE: Elements of a tile in the first sweep.
+        CHUNK: Columns of a chunk.
+        FLAT_TILE: Elements of a tile in the second sweep, or of no lines.
+        TINY_TILE: Elements of a tile of tiny matrices.
+        STAGES: Tiles that are on their way to a program at a time.
+        MERGE_COLS: Columns that are merged together.
+        MERGE_SLABS: Slabs, likewise.
+        VECTOR: Elements of a vector that is summed.
+        MATRICES: Matrices that are finalized together.
+        PARTS: Parts of them, likewise.
+        LOSSLESS: Largest 1 / sqrt(v) that no g² which counts is lost below.
     """
 
     MATH: Any
@@ -68,9 +92,30 @@ class Traits(NamedTuple):
     STRIDED: bool
     ALIGNED: bool
     WHOLE_BLOCKS: bool
+    WEIGHS: bool
+    LOSSLESS: float
+    LINES: bool = False
+    UNFACTORED: bool = False
+    TINY: bool = False
+    CHUNKED: bool = False
+    WIDTHS: tuple[int, ...] = ()
+    SPANS: tuple[int, ...] = ()
+    KINDS: tuple[bool, ...] = ()
+    WAITS: bool = False
+    JOINED: bool = False
+    TILE: int = 0
+    CHUNK: int = 0
+    FLAT_TILE: int = 0
+    TINY_TILE: int = 0
+    STAGES: int = 0
+    MERGE_COLS: int = 0
+    MERGE_SLABS: int = 32
+    VECTOR: int = 1024
+    MATRICES: int = 32
+    PARTS: int = 32
 
 
-def traits_of(b: Binding, geometry: Geometry) -> Traits:
+def traits_of(b: Binding, geometry: Geometry) -> Variant:
     """The traits of a tensor; its gradient is taken to be as well aligned as it is."""
     spec, rule = b.planned.spec, b.rule
     clip = rule.grad_clip
@@ -81,7 +126,10 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
     by_16 = in_order and spec.numel % 16 == 0
     if geometry.form is Form.FACTORED:
         by_16 = by_16 and geometry.cols % 16 == 0
-    return Traits(
+    tiny = torch.finfo(spec.math_dtype).tiny
+    measures = rule.clip_threshold is not None
+    norm_clipped = clip is not None and clip.kind is not GradClipKind.VALUE
+    return Variant(
         MATH=_DTYPES[spec.math_dtype],
         PARAM=_DTYPES[spec.param_dtype],
         GRAD=_DTYPES[spec.grad_dtype],
@@ -89,9 +137,9 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
         EXP_AVG=_DTYPES[rule.momentum_dtype(spec.param_dtype)],
         MOMENTUM=0 if rule.momentum is None else _SITES[rule.momentum.site],
         AMSGRAD=rule.amsgrad,
-        MEASURES=rule.clip_threshold is not None,
+        MEASURES=measures,
         PARAM_RMS=rule.measures_param_rms,
-        NORM_CLIPPED=clip is not None and clip.kind is not GradClipKind.VALUE,
+        NORM_CLIPPED=norm_clipped,
         VALUE_CLIP=clip is not None and clip.kind is GradClipKind.VALUE,
         ACCUMULATES=b.accumulator is not None,
         AVERAGES=b.average is not None,
@@ -101,6 +149,8 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
         STRIDED=not in_order,
         ALIGNED=by_16 and all(t.data_ptr() % 16 == 0 for t in _arrays(b)),
         WHOLE_BLOCKS=by_16,
+        WEIGHS=measures and not rule.amsgrad and not norm_clipped,
+        LOSSLESS=math.sqrt(1e-4 / tiny),
     )
 
 
@@ -118,67 +168,8 @@ def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_Variant = NamedTuple(  # noqa: UP014 - its fields are those of Traits, and more
-    "_Variant",
-    [
-        *Traits.__annotations__.items(),
-        ("WEIGHS", bool),
-        ("LINES", bool),
-        ("FLAT", bool),
-        ("UNFACTORED", bool),
-        ("TINY", bool),
-        ("CHUNKED", bool),
-        ("WIDTHS", Any),
-        ("SPANS", Any),
-        ("KINDS", Any),
-        ("WAITS", bool),
-        ("JOINED", bool),
-        ("TILE", int),
-        ("CHUNK", int),
-        ("FLAT_TILE", int),
-        ("STAGES", int),
-        ("MERGE_COLS", int),
-        ("MERGE_SLABS", int),
-        ("VECTOR", int),
-        ("MATRICES", int),
-        ("PARTS", int),
-        ("LOSSLESS", float),
-    ],
-)
-
-
-class Variant(_Variant):
-    """What one launch is compiled for.
-
-    Attributes:
-        WEIGHS: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
-        LINES: There are matrices.
-        FLAT: There are tensors without lines.
-        UNFACTORED: Some of them have a second moment for each element.
-        TINY: Some of them are tiny matrices.
-        CHUNKED: Some lines are summed in chunks.
-        WIDTHS: Of tiles in the first sweep.
-        SPANS: Of tiles in the second sweep.
-        KINDS: For each kind of item, whether there is one.
-        WAITS: Whether items wait for each other.
-        JOINED: The first sweep was another launch.
-        TILE: Elements of a tile in the first sweep.
-        CHUNK: Columns of a chunk.
-        FLAT_TILE: Elements of a tile in the second sweep.
-        STAGES: Tiles that are on their way to a program at a time.
-        MERGE_COLS: Columns that are merged together.
-        MERGE_SLABS: Slabs, likewise.
-        VECTOR: Elements of a vector that is summed.
-        MATRICES: Matrices that are finalized together.
-        PARTS: Parts of them, likewise.
-        LOSSLESS: Largest 1 / sqrt(v) that no g² which counts is lost below.
-    """
-
-    __slots__ = ()
-
-
 def variant_of(
-    traits: Traits,
+    traits: Variant,
     pieces: Sequence[Pieces],
     tuning: Tuning,
     kinds: Sequence[ItemKind],
@@ -188,12 +179,8 @@ def variant_of(
 ) -> Variant:
     """The variant for tensors that are stepped together."""
     forms = {p.geometry.form for p in pieces}
-    tiny = torch.finfo(torch.float64 if traits.MATH is tl.float64 else torch.float32).tiny
-    return Variant(
-        *traits,
-        WEIGHS=traits.MEASURES and not traits.AMSGRAD and not traits.NORM_CLIPPED,
+    return traits._replace(
         LINES=Form.FACTORED in forms,
-        FLAT=bool(forms - {Form.FACTORED}),
         UNFACTORED=Form.UNFACTORED in forms,
         TINY=Form.TINY in forms,
         CHUNKED=any(p.chunks > 1 for p in pieces),
@@ -205,11 +192,7 @@ def variant_of(
         TILE=tuning.tile,
         CHUNK=tuning.chunk,
         FLAT_TILE=tuning.flat_tile,
+        TINY_TILE=tuning.tiny_tile,
         STAGES=tuning.stages,
         MERGE_COLS=tuning.cut.merge_columns,
-        MERGE_SLABS=32,
-        VECTOR=1024,
-        MATRICES=32,
-        PARTS=32,
-        LOSSLESS=math.sqrt(1e-4 / tiny),
     )

@@ -1,0 +1,246 @@
+"""Optimizers whose steps are compiled by ``codegen``: rules, dtypes and tensors, by readable names.
+
+Nothing is compiled or stepped on a GPU here. An optimizer steps once, with the reference on tensors
+of a CPU; the launches of the same tensors are then what a GPU would have been given.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from fused_adafactor.backends.triton import LAUNCHES
+from fused_adafactor.joining import joins
+from fused_adafactor.optimizer import AdafactorBase
+from fused_adafactor.plan import Activity, Facts, make_plan
+from fused_adafactor.slabs import ItemKind
+from fused_adafactor.tickets import GPU_CUT
+
+if TYPE_CHECKING:
+    from fused_adafactor.backends.triton.offline import Source
+    from fused_adafactor.backends.triton.variants import Variant
+
+Arguments = Mapping[str, Any]
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = ("gfx942",)
+ONE = ("sm_90",)  # for what is compiled for one target only
+
+# Of every dialect, the constructor arguments that make another kernel: by name, the defaults first.
+RULES: Mapping[str, Mapping[str, Arguments]] = {
+    "torch": {
+        "defaults": {},
+        "bfloat16_state": {"state_dtype": BF16},
+        "stochastic": {"rounding": "stochastic"},
+        "kahan": {"rounding": "kahan"},
+        "global_norm": {"max_grad_norm": 1.0},
+    },
+    "hf": {
+        "defaults": {},
+        "no_parameter_scale": {"scale_parameter": False, "relative_step": False, "lr": 1e-3},
+        "momentum": {"beta1": 0.9},
+        "momentum_skip": {"beta1": 0.9, "nonfinite": "skip"},
+    },
+    "adafactor_pytorch": {
+        "defaults": {},
+        "no_momentum": {"beta1": 0.0},
+        "amsgrad": {"non_constant_decay": False, "ams_grad": True},
+        "unfactored": {"enable_factorization": False},
+    },
+    "keras": {
+        "defaults": {},
+        "clipnorm": {"clipnorm": 1.0},
+        "clipvalue": {"clipvalue": 1.0},
+        "average": {"use_ema": True},
+        "accumulation": {"gradient_accumulation_steps": 2},
+        "accumulated_average": {"gradient_accumulation_steps": 2, "use_ema": True},
+    },
+    "optax": {
+        "defaults": {},
+        "momentum": {"momentum": 0.9},
+        "bfloat16_momentum": {"momentum": 0.9, "dtype_momentum": BF16},
+        "no_clip": {"clipping_threshold": None},
+        "no_clip_no_scale": {"clipping_threshold": None, "multiply_by_parameter_scale": False},
+    },
+    "big_vision": {
+        "defaults": {},
+        "clip": {"clipping_threshold": 1.0},
+        "no_momentum": {"momentum": None},
+    },
+}
+_CLASSES = {"adafactor_pytorch": "AdaFactor"}
+_ARGUMENTS: Mapping[str, Arguments] = {"big_vision": {"lr": 1e-3}}  # that have no default
+
+# A matrix of so many elements is too large for one program to step in one go.
+_ELEMENTS = 2 * GPU_CUT.whole_elements
+_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Tensors that are stepped together, by what a kernel tells apart of them.
+TENSORS: Mapping[str, Sequence[tuple[int, ...]]] = {
+    # Of a transformer: all that is done to its tensors, in one kernel.
+    "model": ((128, 1024), (128, 4096), (4096,)),
+    **{f"lines_of_{width}": ((_ELEMENTS // width, width),) for width in _WIDTHS},
+    "long_lines": ((16, 8192),),
+    "small_lines": ((24, 768),),
+    "ragged_lines": ((701, 100),),
+    "vectors": ((_ELEMENTS,), (4096,)),
+    "ragged_vectors": ((_ELEMENTS + 1,), (77,)),
+    "tiny_matrices": ((_ELEMENTS // 16, 4, 4),),
+    "transposed_gradients": ((256, 512), (512,)),
+}
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer of some tensors.
+
+    Attributes:
+        dialect: Its dialect.
+        rule: Which of the dialect's ``RULES``.
+        tensors: Which of ``TENSORS``.
+        dtype: Of the parameters.
+        grad_dtype: Of their gradients.
+        launch_form: ``persistent`` or ``phases``.
+        odd_gradients: Whether gradients begin at addresses that are no multiple of 16.
+    """
+
+    dialect: str
+    rule: str
+    tensors: str
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    launch_form: str
+    odd_gradients: bool = False
+
+    @override
+    def __str__(self) -> str:
+        """Its name: ``torch/defaults bfloat16 model persistent``, say."""
+        dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.dtype, self.grad_dtype))
+        words = [f"{self.dialect}/{self.rule}", "/".join(dtypes), self.tensors, self.launch_form]
+        return " ".join([*words, "odd_gradients"] if self.odd_gradients else words)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is such an optimizer."""
+        rounding = self._arguments.get("rounding", "nearest")
+        low = (BF16,) if rounding == "stochastic" else (BF16, F16)
+        return rounding == "nearest" or self.dtype in low
+
+    @property
+    def _arguments(self) -> Arguments:
+        return {**_ARGUMENTS.get(self.dialect, {}), **RULES[self.dialect][self.rule]}
+
+    def optimizer(self) -> AdafactorBase:
+        """The optimizer, with gradients of its parameters."""
+        module = importlib.import_module(f"fused_adafactor.dialects.{self.dialect}")
+        name = _CLASSES.get(self.dialect, "Adafactor")
+        make: Callable[..., AdafactorBase] = getattr(module, name)
+        params = []
+        for shape in TENSORS[self.tensors]:
+            param = torch.nn.Parameter(torch.ones(shape, dtype=self.dtype, device="cpu"))
+            grad = torch.ones(shape, dtype=self.grad_dtype, device="cpu")
+            if self.tensors.startswith("transposed"):
+                grad = grad.mT.contiguous().mT if grad.dim() > 1 else grad
+            param.grad_dtype = None  # any
+            param.grad = grad
+            params.append(param)
+        return make(params, **self._arguments, backend="reference")
+
+
+def default_cases() -> dict[Case, tuple[str, ...]]:
+    """Cases that cover every switch of a kernel at least once, and their targets.
+
+    The defaults of every dialect are for every target, in the form that they are launched in there;
+    what one more switch changes is for one target.
+    """
+    cases: dict[Case, tuple[str, ...]] = {}
+
+    def add(targets: tuple[str, ...], *of_case: Any) -> None:
+        case = Case(*of_case)
+        cases[case] = (*cases.get(case, ()), *targets)
+
+    for dialect, rules in RULES.items():
+        for dtype in (F32, BF16):
+            add(NVIDIA, dialect, "defaults", MODEL, dtype, dtype, "persistent")
+            add(AMD, dialect, "defaults", MODEL, dtype, dtype, "phases")
+        for rule in rules:
+            add(ONE, dialect, rule, MODEL, BF16, BF16, "persistent")
+    for dtype in (F32, BF16):
+        add(NVIDIA, "torch", "defaults", MODEL, dtype, dtype, "phases")
+        add(AMD, "torch", "defaults", MODEL, dtype, dtype, "persistent")
+    # What holds most on its way to a program: shared memory differs between GPUs.
+    for dialect, rule in (("keras", "accumulated_average"), ("adafactor_pytorch", "amsgrad")):
+        add(NVIDIA, dialect, rule, MODEL, F32, F32, "persistent")
+    for dtype, grad_dtype in ((F16, F16), (F64, F64), (F32, BF16), (BF16, F32)):
+        add(ONE, "torch", "defaults", MODEL, dtype, grad_dtype, "persistent")
+    add(ONE, "torch", "defaults", MODEL, BF16, BF16, "persistent", True)
+    for tensors in TENSORS:
+        for form in LAUNCHES:
+            add(ONE, "torch", "defaults", tensors, BF16, BF16, form)
+    return cases
+
+
+def all_cases() -> dict[Case, tuple[str, ...]]:
+    """Every rule with all tensors, every dtype and both launch forms, for every target."""
+    dtypes = ((F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (F32, BF16), (BF16, F32))
+    cases = (
+        Case(dialect, rule, tensors, dtype, grad_dtype, form, odd)
+        for dialect, rules in RULES.items()
+        for rule in rules
+        for tensors in TENSORS
+        for dtype, grad_dtype in dtypes
+        for form in LAUNCHES
+        for odd in (False, True)
+    )
+    return dict.fromkeys((case for case in cases if case.possible), (*NVIDIA, *AMD))
+
+
+def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:
+    """The kernels of a case, with their names."""
+    from fused_adafactor.backends.triton.executor import Executor
+    from fused_adafactor.backends.triton.offline import source_of
+
+    optimizer = case.optimizer()
+    optimizer.step()
+    assert optimizer._known is not None  # a first step prepares the next
+    tasks = optimizer._known.prepared.tasks
+    facts = Facts("triton", two_sweep=True, why="compiled only")
+    plan = make_plan(tuple(t.spec for t in tasks), facts, joins([t.cohort.rule for t in tasks]))
+    bindings = [
+        optimizer._engine.bind(t, planned) for t, planned in zip(tasks, plan.tensors, strict=True)
+    ]
+    executor = Executor(bindings, plan.segments, case.launch_form)
+    launches = [launch for phases in plan.segments for launch in executor.launches_of(phases)]
+    rule = tasks[0].cohort.rule
+    if rule.accumulation_steps > 1:
+        launches += executor.launches_of_activity(Activity.ACCUMULATE)
+    if rule.weight_average is not None:
+        launches += executor.launches_of_activity(Activity.AVERAGE)
+    for launch in launches:
+        source = source_of(executor, launch, case.odd_gradients)
+        yield f"{case} {_words(source.variant)}", source
+
+
+def _words(variant: Variant) -> str:
+    """What a kernel of a case does, on which tensors."""
+    kinds = [kind for kind in ItemKind if variant.KINDS[kind]]
+    update = ItemKind.STATS in kinds and ItemKind.APPLY in kinds
+    words = ["update"] if update else ["+".join(kind.name.lower() for kind in kinds)]
+    if variant.LINES:
+        words.append("lines:" + ",".join(map(str, variant.WIDTHS)))
+    flags = {
+        "chunks": variant.CHUNKED,
+        "flat": variant.UNFACTORED,
+        "tiny": variant.TINY,
+        "strided": variant.STRIDED,
+        "unaligned": not variant.ALIGNED,
+    }
+    return " ".join([*words, *(word for word, there in flags.items() if there)])
