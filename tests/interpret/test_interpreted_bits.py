@@ -72,6 +72,20 @@ def test_rounding_is_that_function_bit_for_bit(
             assert same_bits(p.detach(), expected), (step, tuple(p.shape))
 
 
+def test_an_average_that_overwrites_a_parameter_takes_its_compensation_with_it() -> None:
+    """What rounding lost belongs to the value that is gone."""
+    params = params_in(FEW, BF16)
+    optimizer = KERAS(
+        params, backend="triton", rounding="kahan", use_ema=True, ema_overwrite_frequency=2
+    )
+    for step in range(2):
+        for p, g in zip(params, draw(FEW, step, BF16), strict=True):
+            p.grad = g
+        optimizer.step()
+        for p in params:
+            assert bool(optimizer.state[p]["kahan"].any()) == (step == 0), tuple(p.shape)
+
+
 # Triton's interpreter itself reads subnormal bfloat16 numbers as others, which a GPU does not:
 # tests/gpu has them. Around a power of two: where float16 is subnormal, where both are normal, and
 # at the end.

@@ -295,6 +295,34 @@ def test_the_clamp_reaches_as_far_as_the_test_above_says(monkeypatch: pytest.Mon
     assert classes == {0.0, 1.0, 2.0, 3.0}
 
 
+@pytest.mark.parametrize("dialect", [TORCH, HF], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-21, 3e-20, 1e-10, 1e-5])
+def test_a_row_or_a_block_next_to_nothing_does_not_stop_the_others(
+    dialect: Dialect, scale: float
+) -> None:
+    """Its second moment is below the normal numbers, and what is divided by it beyond all range.
+
+    Without the clamp such a block counts for more than the rest, by powers of ten.
+    """
+    drawn = spread_out([(20, 40), (20, 40)], 0.0)
+    row = drawn[0].sign() * (1 + drawn[1].abs())
+    row[3] *= scale
+    block = drawn[0].clone()
+    block[:10, 20:] = block[10:, :20] = 0.0
+    block[10:] *= scale
+    for grad in (row.float(), block.float()):
+        moves = []
+        for name in ("triton", "reference"):
+            (param,) = params_in([(20, 40)], F32)
+            before = param.detach().clone()
+            param.grad = grad.clone()
+            dialect([param], backend=name).step()
+            moves.append(param.detach() - before)
+        # Twelve operations on an element and sums of squares in another order, on a whole tensor.
+        error = torch.linalg.vector_norm(moves[0] - moves[1])
+        assert error <= 1e-4 * torch.linalg.vector_norm(moves[1])
+
+
 # --- clipping, skipping --------------------------------------------------------------------------
 
 
