@@ -11,7 +11,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/parity/test_shapes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint type arch fmt test test-asan codegen demo bench micro gpu ci clean
+.PHONY: help setup build lint type arch fmt test test-interpret test-asan codegen demo bench micro gpu ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +35,17 @@ fmt: .venv/.stamp-dev ## reformat, and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What ARGS selects may be in one of the two runs only: pytest's "no tests collected", 5, is no failure then.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+OR_NONE = $(if $(ARGS),|| [ $$? -eq 5 ])
+
 test: .venv/.stamp-dev ## run all the tests, on all cores (ARGS="-n 0" for one process, say with --pdb)
-	FUSED_ADAFACTOR_REQUIRE_PEERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	TRITON_INTERPRET= FUSED_ADAFACTOR_REQUIRE_PEERS=1 $(PYTEST) $(ARGS) $(OR_NONE)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(ARGS) $(OR_NONE)
+
+# Triton reads the variable when it is imported, so these tests have a process of their own.
+test-interpret: .venv/.stamp-dev ## run the Triton kernels in Triton's interpreter (a part of make test)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(ARGS)
 
 # A build of its own, which leaves the one that is installed alone. Python and torch are not built with the sanitizer,
 # so its library is loaded before them; what they never free is not looked for.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Read when the peers are imported, so set before any test module is.
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -22,6 +23,21 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, prin
 # To look for new counterexamples: HYPOTHESIS_PROFILE=explore make test
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+_INTERPRETED = Path(__file__).parent / "interpret"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Triton's interpreter has a process of its own: no other test is collected there.
+
+    What Triton is imported as, it stays.
+    """
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    is_interpreted = _INTERPRETED in (collection_path, *collection_path.parents)
+    if collection_path.is_file() and interprets != is_interpreted:
+        return True
+    return None
 
 
 @pytest.fixture(autouse=True)

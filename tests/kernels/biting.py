@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_adafactor.factoring import Factoring, View
 from tests.dialects import ADAFACTOR_PYTORCH, BIG_VISION, HF, KERAS, OPTAX, TORCH, Dialect
 from tests.kernels.judged import F64, Judged, eps_of
 
@@ -65,6 +66,25 @@ def judged(rule: str, params: list[Tensor], **extras: Any) -> Judged:
         dialect is ADAFACTOR_PYTORCH
     )
     return pair
+
+
+def conditioning(pair: Judged, q: Tensor, eps1: float) -> float:
+    """How much of Σ u² cancels: what is summed and taken back, over what remains.
+
+    Σ u² is what the identity says of all lines as if nothing were clamped, less that of the clamped
+    ones, plus what they really have, and each part has the rounding errors of its own size.
+    """
+    state = pair.judge.state[q]
+    if "row_var" not in state:
+        return 1.0
+    view = Factoring(View.LAST_TWO).view_of(tuple(q.shape))
+    assert view is not None
+    row, col = state["row_var"].double(), state["col_var"].double()
+    v = row * col / row.mean(-2, keepdim=True).clamp(min=eps1)
+    assert q.grad is not None
+    free = (q.grad.square() / v).nan_to_num(0.0, 0.0).sum()
+    clamped = (q.grad.square() / v.clamp(min=eps1**2)).sum()
+    return 1.0 + 2.0 * float(free / clamped) if clamped else 1.0
 
 
 def draw(

@@ -36,6 +36,10 @@ def missing() -> str | None:
         return "triton is not installed"
     if not interprets() and not torch.cuda.is_available():
         return "torch sees no GPU (Triton's interpreter, TRITON_INTERPRET=1, does without)"
+    try:
+        launch_form()
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -58,7 +62,8 @@ def launch_form() -> tuple[str, str]:
     wanted = os.environ.get(LAUNCH_ENVIRONMENT)
     if wanted:
         if wanted not in LAUNCHES:
-            raise ValueError(f"{LAUNCH_ENVIRONMENT} must be one of {', '.join(LAUNCHES)}")
+            accepted = ", ".join(LAUNCHES)
+            raise ValueError(f"{LAUNCH_ENVIRONMENT} must be one of {accepted}, got {wanted!r}")
         return wanted, "asked for"
     if torch.version.hip is not None:
         return "phases", "not measured on AMD yet"

@@ -356,7 +356,16 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 
 def _as_meant(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Gradients without those that are negated when they are read, as autograd makes of conj()."""
-    if any(map(Tensor.is_neg, grads)):
-        return [grad.resolve_neg() for grad in grads]
-    return grads
+    """Gradients without those that are negated when they are read, as autograd makes of conj().
+
+    Only where they lie is looked at: each has the strides that it had, and what is between too.
+    """
+    if not any(map(Tensor.is_neg, grads)):
+        return grads
+    return [_memory_of(grad).resolve_neg() if grad.is_neg() else grad for grad in grads]
+
+
+def _memory_of(tensor: Tensor) -> Tensor:
+    """All memory from the first element of a tensor to its last one."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1,), (1,))
