@@ -51,7 +51,9 @@ class Tuning:
             the next wave, what an L2 cache holds.
         rms_units: Units of one ticket of the third sweep, where that is seldom needed.
         merges: Parts of one ticket, where a tensor is many small matrices.
-        stages: Tiles that are on their way to a program at a time.
+        stages: Tiles that are on their way to a program at a time, with the one that it is at. In
+            shared memory: those of float32 parameters and gradients are 32 KiB.
+        half_stages: The same where these are of 16 bits, and all that is read.
         warps: Of a program.
         programs_per_processor: That a GPU's multiprocessor holds.
     """
@@ -68,6 +70,7 @@ class Tuning:
     rms_units: int = 8
     merges: int = 8
     stages: int = 3
+    half_stages: int = 5
     warps: int = 8
     programs_per_processor: int = 1
 

@@ -108,6 +108,7 @@ class Executor:
         """Cut all tensors, and lay out their sums and counters."""
         spec = bindings[0].planned.spec
         self.device, self.math_dtype = spec.device, spec.math_dtype
+        self._refuse_capture()
         self.tuning = TUNING.for_math(self.math_dtype)
         self.waits = launch_form == "persistent"
         self.params = [b.param for b in bindings]
@@ -271,7 +272,16 @@ class Executor:
         ]
         return self._make(group, tickets, waits=False, joined=False)
 
+    def _refuse_capture(self) -> None:
+        """Raise where tables cannot be made: nothing can be sent to them and kept."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() is captured in a CUDA graph before it has stepped these tensors in this "
+                "way; take a step of the same kind outside of the graph first"
+            )
+
     def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> Launch:
+        self._refuse_capture()
         items: list[Item] = [item for ticket in tickets for item in ticket]
         ends = [0]
         for ticket in tickets:

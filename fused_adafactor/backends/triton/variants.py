@@ -65,6 +65,7 @@ class Variant(NamedTuple):
         FLAT_TILE: Elements of a tile in the second sweep, or of no lines.
         TINY_TILE: Elements of a tile of tiny matrices.
         STAGES: Tiles that are on their way to a program at a time.
+        FLAT_STAGES: The same of no lines.
         MERGE_COLS: Columns that are merged together.
         MERGE_SLABS: Slabs, likewise.
         VECTOR: Elements of a vector that is summed.
@@ -108,6 +109,7 @@ class Variant(NamedTuple):
     FLAT_TILE: int = 0
     TINY_TILE: int = 0
     STAGES: int = 0
+    FLAT_STAGES: int = 0
     MERGE_COLS: int = 0
     MERGE_SLABS: int = 32
     VECTOR: int = 1024
@@ -168,6 +170,13 @@ def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _moves_little(traits: Variant) -> bool:
+    """Whether a sweep reads nothing but parameters and gradients of 16 bits."""
+    short = {tl.bfloat16, tl.float16}
+    more = (traits.AMSGRAD, traits.ACCUMULATES, traits.AVERAGES, traits.KAHAN)
+    return {traits.PARAM, traits.GRAD} <= short and not traits.MOMENTUM and not any(more)
+
+
 def variant_of(
     traits: Variant,
     pieces: Sequence[Pieces],
@@ -193,6 +202,7 @@ def variant_of(
         CHUNK=tuning.chunk,
         FLAT_TILE=tuning.flat_tile,
         TINY_TILE=tuning.tiny_tile,
-        STAGES=tuning.stages,
+        STAGES=tuning.half_stages if _moves_little(traits) else tuning.stages,
+        FLAT_STAGES=tuning.stages,
         MERGE_COLS=tuning.cut.merge_columns,
     )
