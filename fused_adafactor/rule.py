@@ -124,6 +124,10 @@ class WeightAverage:
     momentum: float
     overwrite_every: int | None = None
 
+    def momentum_at(self, t: Number) -> Number:
+        """0 at t = 1, as in Keras."""
+        return self.momentum * (1.0 - (t == 1) * t)  # (t == 1) of a tensor would be float32
+
 
 class Scalars(NamedTuple):
     """The numbers of one step in float64: floats, or 0-d tensors where t or lr is on a device."""

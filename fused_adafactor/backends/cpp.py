@@ -393,7 +393,7 @@ def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
             record.norm_clipped = 1
     if average is not None:
         t = float(scalars.t)
-        record.average_momentum = average.momentum * (t != 1)
+        record.average_momentum = float(average.momentum_at(t))
         every = average.overwrite_every
         record.overwrite_with_average = every is not None and t % every == 0
     if decay is not None:

@@ -197,7 +197,7 @@ def average(b: _Work) -> None:
     if rule is None or b.average is None:
         return
     t = b.scalars.t
-    momentum = rule.momentum * (t != 1)
+    momentum = rule.momentum_at(t)
     param = _read(b, b.param)
     _write(b, b.average, momentum * _read(b, b.average) + (1 - momentum) * param)
     if rule.overwrite_every is not None:

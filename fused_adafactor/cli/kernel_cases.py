@@ -109,7 +109,6 @@ class Case:
         dtype: Of the parameters.
         grad_dtype: Of their gradients.
         launch_form: ``persistent`` or ``phases``.
-        odd_gradients: Whether gradients begin at addresses that are no multiple of 16.
     """
 
     dialect: str
@@ -118,14 +117,13 @@ class Case:
     dtype: torch.dtype
     grad_dtype: torch.dtype
     launch_form: str
-    odd_gradients: bool = False
 
     @override
     def __str__(self) -> str:
         """Its name: ``torch/defaults bfloat16 model persistent``, say."""
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.dtype, self.grad_dtype))
         words = [f"{self.dialect}/{self.rule}", "/".join(dtypes), self.tensors, self.launch_form]
-        return " ".join([*words, "odd_gradients"] if self.odd_gradients else words)
+        return " ".join(words)
 
     @property
     def possible(self) -> bool:
@@ -181,7 +179,6 @@ def default_cases() -> dict[Case, tuple[str, ...]]:
         add(NVIDIA, dialect, rule, MODEL, F32, F32, "persistent")
     for dtype, grad_dtype in ((F16, F16), (F64, F64), (F32, BF16), (BF16, F32)):
         add(ONE, "torch", "defaults", MODEL, dtype, grad_dtype, "persistent")
-    add(ONE, "torch", "defaults", MODEL, BF16, BF16, "persistent", True)
     for tensors in TENSORS:
         for form in LAUNCHES:
             add(ONE, "torch", "defaults", tensors, BF16, BF16, form)
@@ -192,13 +189,12 @@ def all_cases() -> dict[Case, tuple[str, ...]]:
     """Every rule with all tensors, every dtype and both launch forms, for every target."""
     dtypes = ((F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (F32, BF16), (BF16, F32))
     cases = (
-        Case(dialect, rule, tensors, dtype, grad_dtype, form, odd)
+        Case(dialect, rule, tensors, dtype, grad_dtype, form)
         for dialect, rules in RULES.items()
         for rule in rules
         for tensors in TENSORS
         for dtype, grad_dtype in dtypes
         for form in LAUNCHES
-        for odd in (False, True)
     )
     return dict.fromkeys((case for case in cases if case.possible), (*NVIDIA, *AMD))
 
@@ -225,7 +221,7 @@ def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:
     if rule.weight_average is not None:
         launches += executor.launches_of_activity(Activity.AVERAGE)
     for launch in launches:
-        source = source_of(executor, launch, case.odd_gradients)
+        source = source_of(executor, launch)
         yield f"{case} {_words(source.variant)}", source
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor import backends
-from fused_adafactor.backends import cpp, reference
+from fused_adafactor.backends import cpp, reference, triton
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests import stepping
 from tests.dialects import DIALECTS, KERAS, TORCH, VARIANTS, Dialect
@@ -450,9 +450,13 @@ def test_auto_takes_native_code_where_there_is_any_and_says_why(reason, monkeypa
         assert "tensors on cpp (auto on cpu: libfused_adafactor.so, avx2)" in told
     else:
         assert f"tensors on reference (auto on cpu: {reason}; " in told
+    monkeypatch.setattr(triton, "missing", lambda: "triton is not installed")
     elsewhere = backends.choose("auto", torch.device("cuda"))
     assert elsewhere.backend == "reference"
-    assert (reason or "the C++ backend steps CPU tensors, these are on cuda") in elsewhere.why
+    assert (reason or "the cpp backend does not step tensors on cuda") in elsewhere.why
+    assert "triton is not installed" in elsewhere.why
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    assert backends.choose("auto", torch.device("cuda")).backend == "triton"
 
 
 @pytest.mark.parametrize("name", cpp.ENVIRONMENTS)

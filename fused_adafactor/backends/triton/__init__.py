@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fused_adafactor.binding import Binding
-from fused_adafactor.plan import Phase
+from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.slabs import geometry_of
 from fused_adafactor.spec import TensorSpec
 from fused_adafactor.tickets import GPU_CUT
@@ -88,4 +88,6 @@ def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> 
     """Make an executor for tensors of one device and one math dtype, none of them empty."""
     module = importlib.import_module(f"{__name__}.executor")
     executor: Executor = module.Executor(bindings, segments, launch_form()[0])
+    if bindings[0].cohort.activity is Activity.UPDATE:
+        executor.prepare()
     return executor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.backends.triton import interprets
 from fused_adafactor.backends.triton.kernel import step
 from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_row, tensor_row
 from fused_adafactor.backends.triton.variants import Variant, traits_of, variant_of
@@ -34,6 +35,8 @@ from fused_adafactor.tickets import (
 )
 
 TUNING = Tuning()
+# Executors that a CUDA graph has the addresses of: it may be replayed as long as the process lives.
+_captured: list[Executor] = []
 # Waves under way, each with a place in the scratch: the one whose second sweep runs, the one whose
 # first sweep does, and one for programs that are ahead of the others.
 _PLACES = 3
@@ -66,31 +69,25 @@ class Launch:
     count: int
     programs: int
     variant: Variant
-    compiled: dict[bool, Any] = field(default_factory=dict)
+    kernel: Any = None  # once it is compiled
 
     @property
-    def unaligned(self) -> Variant:
-        """The variant for gradients that do not begin at multiples of 16 bytes."""
-        return self.variant._replace(ALIGNED=False)
+    def grid(self) -> tuple[int, int, int]:
+        """Of its programs."""
+        return self.programs, 1, 1
 
-    def start(self, arguments: tuple[Any, ...], options: dict[str, Any], aligned: bool) -> None:
-        """Launch it on the current stream of the current device.
+    def compile(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Compile it for these arguments, unless it is compiled, or interpreted."""
+        if self.kernel is None and not interprets():
+            self.kernel = step.warmup(*arguments, self.variant, grid=self.grid, **options)
 
-        Args:
-            arguments: See ``Executor.arguments``.
-            options: See ``Executor.options``.
-            aligned: Whether every gradient begins at a multiple of 16 bytes. Of views into a
-                buffer that need not be; nothing else about a gradient can change unnoticed.
-        """
-        grid = (self.programs, 1, 1)
-        variant = self.variant if aligned else self.unaligned
-        kernel = self.compiled.get(aligned)
-        if kernel is None:
-            # The interpreter compiles nothing.
-            self.compiled[aligned] = step[grid](*arguments, variant, **options)
+    def start(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Launch it on the current stream of the current device."""
+        if self.kernel is None:
+            step[self.grid](*arguments, self.variant, **options)
         else:
             # Without looking for it in Triton's own cache, which takes longer.
-            kernel[grid](*arguments, variant)
+            self.kernel[self.grid](*arguments, self.variant)
 
 
 class Executor:
@@ -111,6 +108,7 @@ class Executor:
         self._refuse_capture()
         self.tuning = TUNING.for_math(self.math_dtype)
         self.waits = launch_form == "persistent"
+        self.segments = segments
         self.params = [b.param for b in bindings]
         self.accumulators = [
             (number, b.accumulator)
@@ -214,12 +212,24 @@ class Executor:
                     rows[number] = row
                 end = max(end, at)
             counters = max(counters, group_counters)
-        self.scratch = torch.empty(end, dtype=torch.uint8, device=self.device)
+        self.scratch_bytes = end
+        # Averages and accumulators move without any.
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.counters = torch.zeros(counters, dtype=torch.int32, device=self.device)
         return rows
 
     def _scratch_size(self, pieces: Pieces) -> int:
         return scratch_of(pieces, self.math_dtype.itemsize, 0).end
+
+    def prepare(self) -> None:
+        """Make and compile all that an update takes, so that it fails before any of it has run."""
+        self.scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
+        with _current(self.device):
+            for launch in (
+                launch for phases in self.segments for launch in self.launches_of(phases)
+            ):
+                arguments = self.arguments(launch, self.no_factors, self.no_skips)
+                launch.compile(arguments, self.options)
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
@@ -310,15 +320,38 @@ class Executor:
     def _launch(self, launches: Sequence[Launch], exchange: Exchange) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
+        if reduce(or_, addresses, 0) % 16:
+            grads = self._aligned(grads)
+            addresses = list(map(Tensor.data_ptr, grads))
         factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
-        aligned = reduce(or_, addresses, 0) % 16 == 0
+        calls = [(launch, self.arguments(launch, factors, skips)) for launch in launches]
         with _current(self.device):
+            for launch, arguments in calls:
+                launch.compile(arguments, self.options)
             self._send(addresses)
-            for launch in launches:
-                launch.start(self.arguments(launch, factors, skips), self.options, aligned)
+            for launch, arguments in calls:
+                launch.start(arguments, self.options)
+        self._stay_while_captured()
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
+
+    def _aligned(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients, with copies of those that must begin at a multiple of 16 bytes and do not.
+
+        Such are views into a buffer. A kernel that reads them as they are would add up in another
+        order, and give other bits.
+        """
+        must = {n for group in self.groups if group.traits.ALIGNED for n in group.numbers}
+        return [
+            grad.clone() if number in must and grad.data_ptr() % 16 else grad
+            for number, grad in enumerate(grads)
+        ]
+
+    def _stay_while_captured(self) -> None:
+        """Keep the tables for good once a graph has been captured that reads them."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.append(self)
 
     def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> tuple[Tensor | int, ...]:
         """What a kernel is called with, but for its variant."""

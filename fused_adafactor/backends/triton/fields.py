@@ -33,7 +33,6 @@ WIDTH = tl.constexpr(24)  # of a tile in the first sweep
 SPAN = tl.constexpr(25)  # of a tile in the second sweep
 STRIDE = tl.constexpr(26)  # elements from tile to tile, where lines are no matrix's
 PARTS = tl.constexpr(27)  # of what is known of a matrix
-PART_COLS = tl.constexpr(28)  # columns of a part
 PART_LINES = tl.constexpr(29)  # lines of a part
 MERGES = tl.constexpr(30)  # merging items
 SUMS = tl.constexpr(31)  # places in the scratch, in bytes: see ``tickets.Scratch``
@@ -55,7 +54,6 @@ GRAD_STRIDES = tl.constexpr(60)
 STATE_STRIDES = tl.constexpr(68)
 LOGICAL = tl.constexpr(76)
 TENSOR_FIELDS = tl.constexpr(84)
-MAX_DIMS = tl.constexpr(8)
 
 # Counters of a tensor.
 STATS_DONE = tl.constexpr(0)

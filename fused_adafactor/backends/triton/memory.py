@@ -43,14 +43,15 @@ def pointer(address, DTYPE: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def offset_of(row, STRIDES: tl.constexpr, k, V: tl.constexpr):
-    """Where elements of these numbers lie, int64."""
+    """Where elements of these numbers lie."""
     if V.STRIDED:
-        offset = tl.zeros(k.shape, tl.int64)
-        rest = k
+        INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+        offset = tl.zeros(k.shape, INDEX)
+        rest = k.to(INDEX)
         dims = tl.load(row + f.DIMS)
         for back in range(1, dims + 1):
-            size = tl.load(row + f.SIZES + dims - back)
-            offset += rest % size * tl.load(row + STRIDES + dims - back)
+            size = tl.load(row + f.SIZES + dims - back).to(INDEX)
+            offset += rest % size * tl.load(row + STRIDES + dims - back).to(INDEX)
             rest = rest // size
     else:
         offset = k

@@ -71,11 +71,11 @@ class Source(NamedTuple):
         return self.variant.ALIGNED and any(self.variant.KINDS[kind] for kind in _SWEEPS)
 
 
-def source_of(executor: Executor, launch: Launch, misaligned: bool) -> Source:
-    """The kernel of a launch, where gradients begin at multiples of 16 bytes or not."""
+def source_of(executor: Executor, launch: Launch) -> Source:
+    """The kernel of a launch."""
     arguments = executor.arguments(launch, executor.no_factors, executor.no_skips)
     return Source(
-        launch.unaligned if misaligned else launch.variant,
+        launch.variant,
         types=tuple(_type_of(argument) for argument in arguments),
         options=tuple(executor.options.items()),
     )

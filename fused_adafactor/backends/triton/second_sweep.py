@@ -115,7 +115,7 @@ def apply_lines(
     row, rule, integers, grad, factor, scratch, outcome, unit, SPAN: tl.constexpr, V: tl.constexpr
 ):
     """Write a slab of lines of matrices, and what else the tensor owns of them."""
-    TILE_LINES: tl.constexpr = V.FLAT_TILE // SPAN
+    TILE_LINES: tl.constexpr = V.APPLY_TILE // SPAN
     chunks = tl.load(row + f.CHUNKS)
     rows = tl.load(row + f.ROWS)
     cols = hinted(tl.load(row + f.COLS), V)

@@ -96,7 +96,7 @@ def numbers_row(cohort: Cohort, eps1: float) -> list[Number]:
     if clip is not None and clip.kind is GradClipKind.VALUE:
         put(f.CLIP_VALUE, clip.threshold)
     if average is not None:
-        momentum = average.momentum * (scalars.t != 1)
+        momentum = average.momentum_at(scalars.t)
         put(f.AVERAGE_MOMENTUM, momentum)
         put(f.AVERAGE_REST, 1.0 - momentum)
         if average.overwrite_every is not None:

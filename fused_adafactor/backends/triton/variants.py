@@ -48,6 +48,7 @@ class Variant(NamedTuple):
         KAHAN: What rounding loses is kept.
         CLAMPS: eps1 clamps v, and is not added to g².
         STRIDED: Elements lie anywhere; otherwise one after the other, as they are numbered.
+        LONG: Some of them lie beyond the range of int32.
         ALIGNED: Every line, and every array, begins at a multiple of 16 bytes.
         WHOLE_BLOCKS: Eight neighbours share a Philox block.
         WEIGHS: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
@@ -62,7 +63,8 @@ class Variant(NamedTuple):
         JOINED: The first sweep was another launch.
         TILE: Elements of a tile in the first sweep.
         CHUNK: Columns of a chunk.
-        FLAT_TILE: Elements of a tile in the second sweep, or of no lines.
+        FLAT_TILE: Elements of a tile in the third sweep, or of no lines.
+        APPLY_TILE: Elements of a tile in the second sweep over lines, where nothing is summed.
         TINY_TILE: Elements of a tile of tiny matrices.
         STAGES: Tiles that are on their way to a program at a time.
         FLAT_STAGES: The same of no lines.
@@ -91,6 +93,7 @@ class Variant(NamedTuple):
     KAHAN: bool
     CLAMPS: bool
     STRIDED: bool
+    LONG: bool
     ALIGNED: bool
     WHOLE_BLOCKS: bool
     WEIGHS: bool
@@ -107,6 +110,7 @@ class Variant(NamedTuple):
     TILE: int = 0
     CHUNK: int = 0
     FLAT_TILE: int = 0
+    APPLY_TILE: int = 0
     TINY_TILE: int = 0
     STAGES: int = 0
     FLAT_STAGES: int = 0
@@ -118,13 +122,19 @@ class Variant(NamedTuple):
 
 
 def traits_of(b: Binding, geometry: Geometry) -> Variant:
-    """The traits of a tensor; its gradient is taken to be as well aligned as it is."""
+    """The traits of a tensor; its gradient will be as well aligned as it is."""
     spec, rule = b.planned.spec, b.rule
     clip = rule.grad_clip
     stochastic = rule.rounding is Rounding.STOCHASTIC and spec.param_dtype is torch.bfloat16
     row_major = _row_major(geometry.sizes)
     layouts = {geometry.strides, geometry.grad_strides, geometry.state_strides}
     in_order = layouts == {row_major} and (not stochastic or geometry.logical == row_major)
+
+    def last(strides: tuple[int, ...]) -> int:
+        return sum(
+            stride * (size - 1) for stride, size in zip(strides, geometry.sizes, strict=True)
+        )
+
     by_16 = in_order and spec.numel % 16 == 0
     if geometry.form is Form.FACTORED:
         by_16 = by_16 and geometry.cols % 16 == 0
@@ -149,6 +159,7 @@ def traits_of(b: Binding, geometry: Geometry) -> Variant:
         KAHAN=b.compensation is not None,
         CLAMPS=rule.eps1_rule is Eps1Rule.CLAMP,
         STRIDED=not in_order,
+        LONG=max(map(last, (row_major, *layouts, geometry.logical))) >= 2**31,
         ALIGNED=by_16 and all(t.data_ptr() % 16 == 0 for t in _arrays(b)),
         WHOLE_BLOCKS=by_16,
         WEIGHS=measures and not rule.amsgrad and not norm_clipped,
@@ -188,6 +199,9 @@ def variant_of(
 ) -> Variant:
     """The variant for tensors that are stepped together."""
     forms = {p.geometry.form for p in pieces}
+    # What is moved element by element does not pass through shared memory on its way, and an
+    # address for each of them takes registers.
+    aligned, half = traits.ALIGNED, tuning.half_stages
     return traits._replace(
         LINES=Form.FACTORED in forms,
         UNFACTORED=Form.UNFACTORED in forms,
@@ -198,11 +212,12 @@ def variant_of(
         KINDS=tuple(kind in kinds for kind in ItemKind),
         WAITS=waits,
         JOINED=joined,
-        TILE=tuning.tile,
+        TILE=tuning.tile if aligned else tuning.tile // 2,
         CHUNK=tuning.chunk,
         FLAT_TILE=tuning.flat_tile,
+        APPLY_TILE=tuning.flat_tile if aligned else tuning.flat_tile // 2,
         TINY_TILE=tuning.tiny_tile,
-        STAGES=tuning.half_stages if _moves_little(traits) else tuning.stages,
-        FLAT_STAGES=tuning.stages,
+        STAGES=(half if _moves_little(traits) else tuning.stages) if aligned else 1,
+        FLAT_STAGES=tuning.stages if aligned else 1,
         MERGE_COLS=tuning.cut.merge_columns,
     )
