@@ -31,6 +31,7 @@ def sum_chunk(row, rule, grad, scratch, unit, V: tl.constexpr):
     """Σ_j g² of the lines of a slab, over the columns of one chunk."""
     chunks = tl.load(row + f.CHUNKS)
     begin, end, _ = lines_of(row, unit // chunks)
+    TILE_LINES: tl.constexpr = (V.TILE + V.CHUNK - 1) // V.CHUNK
     first_col, last_col = columns_of(row, unit % chunks)
     first_col = hinted(first_col, V)
     cols = hinted(tl.load(row + f.COLS), V)
@@ -38,8 +39,8 @@ def sum_chunk(row, rule, grad, scratch, unit, V: tl.constexpr):
     col_mask = first_col + column < hinted(last_col, V)
     sums = in_scratch(row, scratch, f.CHUNK_SUMS, V.MATH)
     sums += unit % chunks * tl.load(row + f.ROWS) * tl.load(row + f.BATCH)
-    for first in tl.range(begin, end, V.TILE // V.CHUNK, num_stages=V.STAGES):
-        line = first + tl.arange(0, V.TILE // V.CHUNK)
+    for first in tl.range(begin, end, TILE_LINES, num_stages=V.STAGES):
+        line = first + tl.arange(0, TILE_LINES)
         mask = (line < end)[:, None] & col_mask[None, :]
         k = (line * cols + first_col)[:, None] + column[None, :]
         g = clipped(read_unclipped(row, rule, grad, k, mask, V), rule, 1.0, V)

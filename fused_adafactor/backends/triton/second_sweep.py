@@ -50,7 +50,7 @@ def _line_factors(row, scratch, line, mask, V: tl.constexpr):
 @triton.jit(noinline=True)
 def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V: tl.constexpr):
     """Σ u² of those lines of a slab for which it is not known, less what was counted for them."""
-    TILE_LINES: tl.constexpr = V.FLAT_TILE // SPAN
+    TILE_LINES: tl.constexpr = (V.FLAT_TILE + SPAN - 1) // SPAN
     chunks = tl.load(row + f.CHUNKS)
     rows = tl.load(row + f.ROWS)
     cols = hinted(tl.load(row + f.COLS), V)
@@ -115,7 +115,7 @@ def apply_lines(
     row, rule, integers, grad, factor, scratch, outcome, unit, SPAN: tl.constexpr, V: tl.constexpr
 ):
     """Write a slab of lines of matrices, and what else the tensor owns of them."""
-    TILE_LINES: tl.constexpr = V.APPLY_TILE // SPAN
+    TILE_LINES: tl.constexpr = (V.APPLY_TILE + SPAN - 1) // SPAN
     chunks = tl.load(row + f.CHUNKS)
     rows = tl.load(row + f.ROWS)
     cols = hinted(tl.load(row + f.COLS), V)
