@@ -121,11 +121,6 @@ class Geometry:
     slabs: int
 
     @property
-    def numel(self) -> int:
-        """Elements; of lines that are no matrix's, the last may be shorter."""
-        return math.prod(self.sizes)
-
-    @property
     def slabs_per_matrix(self) -> int:
         """Slabs of one matrix; 1 where a slab holds whole matrices."""
         return -(-self.rows // self.lines_per_slab)

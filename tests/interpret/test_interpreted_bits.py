@@ -245,7 +245,13 @@ def test_the_compiler_is_told_of_an_alignment_only_where_there_is_one(
 
     class Recorder:
         def __getitem__(self, grid: object) -> Any:
-            return lambda *args, **_: told.extend(v.ALIGNED for v in args if isinstance(v, Variant))
+            return record
+
+    def record(*args: Any, **_: Any) -> None:
+        (aligned,) = (v.ALIGNED for v in args if isinstance(v, Variant))
+        told.append(aligned)
+        addresses = args[3]
+        assert not aligned or (addresses % 16 == 0).all()
 
     variants = importlib.import_module("fused_adafactor.backends.triton.variants")
     Variant = variants.Variant

@@ -19,7 +19,7 @@ from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_r
 from fused_adafactor.backends.triton.variants import Variant, traits_of, variant_of
 from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.plan import Activity, Phase
-from fused_adafactor.slabs import ItemKind, geometry_of
+from fused_adafactor.slabs import Geometry, ItemKind, geometry_of
 from fused_adafactor.tickets import (
     LAUNCH_COUNTERS,
     Item,
@@ -36,7 +36,7 @@ from fused_adafactor.tickets import (
 
 TUNING = Tuning()
 # Executors that a CUDA graph has the addresses of: it may be replayed as long as the process lives.
-_captured: list[Executor] = []
+_captured: set[Executor] = set()
 # Waves under way, each with a place in the scratch: the one whose second sweep runs, the one whose
 # first sweep does, and one for programs that are ahead of the others.
 _PLACES = 3
@@ -117,8 +117,10 @@ class Executor:
         ]
         self.cohorts: list[tuple[Cohort, float]] = []
         rules = self._rules(bindings)
-        pieces = [self._pieces_of(b) for b in bindings]
-        self.groups = self._groups(bindings, pieces)
+        geometries = [geometry_of(b.planned.spec, self.tuning.cut) for b in bindings]
+        traits = [traits_of(b, g) for b, g in zip(bindings, geometries, strict=True)]
+        pieces = [self._pieces_of(g, t) for g, t in zip(geometries, traits, strict=True)]
+        self.groups = self._groups(bindings, pieces, traits)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
         capturable = any(isinstance(c.scalars.t, Tensor) for c, _ in self.cohorts)
         count, device = len(bindings), self.device
@@ -146,9 +148,7 @@ class Executor:
             rules.append(numbers[key])
         return rules
 
-    def _pieces_of(self, b: Binding) -> Pieces:
-        geometry = geometry_of(b.planned.spec, self.tuning.cut)
-        traits = traits_of(b, geometry)
+    def _pieces_of(self, geometry: Geometry, traits: Variant) -> Pieces:
         return pieces_of(
             geometry,
             self.tuning,
@@ -157,12 +157,14 @@ class Executor:
             norm_clipped=traits.NORM_CLIPPED,
         )
 
-    def _groups(self, bindings: Sequence[Binding], pieces: Sequence[Pieces]) -> list[_Group]:
+    def _groups(
+        self, bindings: Sequence[Binding], pieces: Sequence[Pieces], traits: Sequence[Variant]
+    ) -> list[_Group]:
         by_traits: dict[Variant, list[int]] = {}
-        for number, (b, p) in enumerate(zip(bindings, pieces, strict=True)):
-            by_traits.setdefault(traits_of(b, p.geometry), []).append(number)
+        for number, shared in enumerate(traits):
+            by_traits.setdefault(shared, []).append(number)
         groups = []
-        for traits, numbers in by_traits.items():
+        for shared, numbers in by_traits.items():
             sizes = [
                 bindings[n].planned.spec.numel
                 * (bindings[n].param.dtype.itemsize + bindings[n].planned.spec.grad_dtype.itemsize)
@@ -170,7 +172,7 @@ class Executor:
             ]
             waves = waves_of(sizes, self.tuning.wave_bytes)
             mine = [pieces[n] for n in numbers]
-            groups.append(_Group(traits=traits, numbers=numbers, pieces=mine, waves=waves))
+            groups.append(_Group(traits=shared, numbers=numbers, pieces=mine, waves=waves))
         return groups
 
     def _rows(
@@ -351,7 +353,7 @@ class Executor:
     def _stay_while_captured(self) -> None:
         """Keep the tables for good once a graph has been captured that reads them."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _captured.append(self)
+            _captured.add(self)
 
     def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> tuple[Tensor | int, ...]:
         """What a kernel is called with, but for its variant."""

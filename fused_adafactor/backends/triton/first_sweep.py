@@ -136,9 +136,8 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
 def sum_flat(row, rule, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
     """Sums over elements that have no lines: of an unfactored tensor, or of tiny matrices."""
     TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
-    STAGES: tl.constexpr = (
-        1 if TINY else V.FLAT_STAGES
-    )  # what a tiny matrix looks at is in the cache
+    # What a tiny matrix looks at is in the cache.
+    STAGES: tl.constexpr = 1 if TINY else V.FLAT_STAGES
     grad_sq = tl.zeros((1, TILE), V.MATH)
     param_sq = tl.zeros((1, TILE), V.MATH)
     update_sq = tl.zeros((1, TILE), V.MATH)
