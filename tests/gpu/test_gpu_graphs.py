@@ -91,6 +91,26 @@ def test_gradients_that_move_between_an_eager_step_and_a_replay() -> None:
         assert all(j.isnan().all() for j in junk)
 
 
+@pytest.mark.usefixtures("launch")
+def test_a_graph_outlives_a_step_of_other_tensors() -> None:
+    """A step that lacks a gradient makes new tables; the graph goes on with those it was given."""
+    graphed, eager = pair_of("hf", F32)
+    buffers = warm_up(graphed, eager, dtype=F32)
+    replay = captured(graphed)
+    for step in range(2):
+        for optimizer in (graphed, eager):
+            give(optimizer, grads_of(step, F32))
+            params_of(optimizer)[0].grad = None
+            optimizer.step()
+        junk = [torch.full((2**16,), -1, dtype=torch.int64, device=DEVICE) for _ in range(64)]
+        refill(buffers, grads_of(2 - step, F32))
+        give(eager, buffers)
+        replay()
+        eager.step()
+        assert_same_optimizers(graphed, eager)
+        assert all((j == -1).all() for j in junk)
+
+
 def test_two_graphs_of_one_optimizer() -> None:
     graphed, eager = pair_of("torch", F32)
     first = warm_up(graphed, eager, dtype=F32)

@@ -272,6 +272,29 @@ def test_the_compiler_is_told_of_an_alignment_only_where_there_is_one(
         assert told == expected, (shape, lay_param)
 
 
+def test_a_kernel_that_cannot_be_compiled_leaves_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two dtypes are two launches, and the first must not have run when the second fails."""
+    executor = importlib.import_module("fused_adafactor.backends.triton.executor")
+    compiled: list[object] = []
+
+    def compile_one(launch: object, *_: object) -> None:
+        compiled.append(launch)
+        if len(compiled) == 2:
+            raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(executor.Launch, "compile", compile_one)
+    params = [*params_in([(16, 16)], F32), *params_in([(16, 16)], BF16)]
+    optimizer = HF(params, backend="triton")
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="out of shared memory"):
+        optimizer.step()
+    assert all(map(same_bits, params, before))
+
+
 def test_autograd_sees_that_the_parameter_changed() -> None:
     (param,) = params_in([(3, 4)], F32)
     loss = (param * param).sum()
