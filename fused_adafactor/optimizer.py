@@ -6,7 +6,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
@@ -15,12 +15,13 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from fused_adafactor import backends
-from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
+from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.binding import Cohort
 from fused_adafactor.checkpoint import CheckpointedOptimizer, check_group
 from fused_adafactor.counting import Clock, counter, counter_device, next_call, number_of
 from fused_adafactor.engine import Engine, Prepared, Task
 from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
+from fused_adafactor.metrics import Metrics
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
@@ -66,7 +67,7 @@ class AdafactorBase(CheckpointedOptimizer):
     Args:
         params: Parameters, named parameters, or param groups, as for any torch optimizer.
         defaults: The dialect's own hyperparameters.
-        extras: The arguments of ``Extras``.
+        extras: The arguments of ``arguments.Extras``.
 
     Raises:
         TypeError: An unknown extra, or a hyperparameter given as text.
@@ -79,7 +80,9 @@ class AdafactorBase(CheckpointedOptimizer):
     # The last step, kept for the next one; never copied, pickled or saved.
     _known: _Known | None = None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], extras: Mapping[str, object]
+    ) -> None:
         """Check the extras and build the param groups."""
         given = dict(extras)
         self.backend = cast(str, given.pop("backend", "auto"))
@@ -246,8 +249,7 @@ class AdafactorBase(CheckpointedOptimizer):
         drafts = []
         for group, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
-            moves_without_grad = rule.weight_average is not None or rule.accumulation_steps > 1
-            if param.grad is None and (not moves_without_grad or param not in self.state):
+            if param.grad is None and (not rule.moves_without_grad or param not in self.state):
                 continue
             grad = param if param.grad is None else param.grad
             spec = spec_of(id, param, grad, rule)
@@ -339,7 +341,7 @@ class AdafactorBase(CheckpointedOptimizer):
             cohort.scalars, updates = evaluated[key]
             if cohort.has_grad:
                 cohort.activity = Activity.UPDATE if updates else Activity.ACCUMULATE
-            elif updates and rule.accumulation_steps > 1:
+            elif updates and rule.loses_without_grad:
                 cohort.activity = Activity.DROP
             else:
                 cohort.activity = Activity.AVERAGE
@@ -376,6 +378,61 @@ class AdafactorBase(CheckpointedOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # Read by torch's GradScaler. Derived from the groups, so it survives deepcopy and pickle.
         return any(group.get("fused") for group in self.param_groups)
+
+    @torch.no_grad()
+    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
+        """Write the averages of use_ema to the parameters, as Keras' ``fit`` does at its end.
+
+        Args:
+            var_list: These parameters only; None for all.
+
+        Raises:
+            ValueError: A parameter that is not this optimizer's.
+        """
+        layout = self.layout
+        chosen = {id(param) for param in self._own(var_list)}
+        for group, param, _ in self._ids():
+            state = self.state.get(param, {})
+            if group["use_ema"] and id(param) in chosen and layout.average in state:
+                param.copy_(state[layout.average])
+                if layout.compensation in state:  # it belongs to the value that was overwritten
+                    state[layout.compensation].zero_()
+
+    def _own(self, params: Iterable[Tensor] | None) -> list[Tensor]:
+        """The given parameters, or all of them."""
+        everything = [param for _, param, _ in self._ids()]
+        if params is None:
+            return everything
+        given, known = list(params), {id(param) for param in everything}
+        for param in given:
+            if id(param) not in known:
+                raise ValueError(
+                    f"Unknown variable: of shape {tuple(param.shape)}. This optimizer can only be "
+                    "called for the variables it was originally built with. When working with a "
+                    "new set of variables, you should recreate a new optimizer instance."
+                )
+        return given
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients together at the last update, before clipping; 0-d, on a device.
+
+        None before an update under ``max_grad_norm``, ``clipnorm``, ``global_clipnorm`` or
+        ``nonfinite="skip"``, which are what it is computed for. Of gradients of several devices it
+        is on that of the first. After the replay of a CUDA graph it is that of the replay.
+        """
+        return None if self._engine.grad_sq is None else self._engine.grad_sq.sqrt()
+
+    def metrics(self) -> dict[str, Metrics]:
+        """What the last update of each parameter has found out of it; see ``Metrics``.
+
+        By the parameter's name, or "#" and its position among all parameters. The numbers fall out
+        of the step and are only read here, which waits for the device. A parameter is absent that
+        has no elements, has not been updated yet, or whose update has been prepared anew since.
+        """
+        known = [] if self._known is None else [self._known.prepared]
+        found = self._engine.metrics(known)
+        return {id.label: found[id] for _, _, id in self._ids() if id in found}
 
     def explain(self) -> str:
         """The plan of a step as a table: per tensor the backend, launch, sweeps, bytes, and why.

@@ -56,25 +56,6 @@ class VariablesOfKeras(AdafactorBase):
     )
     name: str
 
-    @torch.no_grad()
-    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
-        """Write the averages of use_ema to the parameters, as Keras' ``fit`` does at its end.
-
-        Args:
-            var_list: These parameters only; None for all.
-
-        Raises:
-            ValueError: A parameter that is not this optimizer's.
-        """
-        layout = self.layout
-        chosen = {id(param) for param in self._own(var_list)}
-        for group, param, _ in self._ids():
-            state = self.state.get(param, {})
-            if group["use_ema"] and id(param) in chosen and layout.average in state:
-                param.copy_(state[layout.average])
-                if layout.compensation in state:  # it belongs to the value that was overwritten
-                    state[layout.compensation].zero_()
-
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Tensor | Any | None, Tensor]]
     ) -> Tensor:
@@ -157,21 +138,6 @@ class VariablesOfKeras(AdafactorBase):
                 for group in self.param_groups:
                     if not callable(group["lr"]):
                         group["lr"] = float(value)
-
-    def _own(self, params: Iterable[Tensor] | None) -> list[Tensor]:
-        """The given parameters, or all of them."""
-        everything = [param for _, param, _ in self._ids()]
-        if params is None:
-            return everything
-        given, known = list(params), {id(param) for param in everything}
-        for param in given:
-            if id(param) not in known:
-                raise ValueError(
-                    f"Unknown variable: of shape {tuple(param.shape)}. This optimizer can only be "
-                    "called for the variables it was originally built with. When working with a "
-                    "new set of variables, you should recreate a new optimizer instance."
-                )
-        return given
 
     def _variables(self) -> list[_Variable]:
         """What a Keras optimizer of these parameters and options tracks, in its order."""
