@@ -116,7 +116,7 @@ class Prepared:
         tasks: Its tensors.
         cohorts: Theirs; their numbers are set before each step.
         clocks: What the step of each cohort is read from.
-        is_part: Whether other tensors are stepped in the same call, so that a counter that they
+        is_partial: Whether other tensors are stepped in the same call, so that a counter that they
             share is not advanced here.
         counters: Number of the counter of each task, by ``id``.
         courses: By the activities of the cohorts.
@@ -125,7 +125,7 @@ class Prepared:
     tasks: Sequence[Task]
     cohorts: Sequence[Cohort]
     clocks: Sequence[Clock]
-    is_part: bool
+    is_partial: bool
     counters: dict[int, int] = field(init=False)
     courses: dict[tuple[Activity, ...], _Course] = field(default_factory=dict)
 
@@ -360,7 +360,7 @@ def _counters(prepared: Prepared) -> Counters:
         id(task.counter): task.counter
         for task in prepared.tasks
         if (
-            not prepared.is_part
+            not prepared.is_partial
             if task.cohort.rule.step_count is StepCount.GLOBAL
             else task.cohort.activity in (Activity.UPDATE, Activity.ACCUMULATE)
         )

@@ -18,12 +18,13 @@ from fused_adafactor import backends
 from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
 from fused_adafactor.counting import counter
 from fused_adafactor.engine import Engine
-from fused_adafactor.preparing import PreparingOptimizer
+from fused_adafactor.in_backward import BackwardStep
+from fused_adafactor.partial import PartialOptimizer
 from fused_adafactor.rule import StepCount
 from fused_adafactor.spec import spec_of
 
 
-class AdafactorBase(PreparingOptimizer):
+class AdafactorBase(PartialOptimizer):
     """What all dialects share. Not constructed directly.
 
     Args:
@@ -39,6 +40,8 @@ class AdafactorBase(PreparingOptimizer):
     lr_advice: ClassVar[str] = "Give lr as a number"
     # Keys that a param group may be given, by the key that it is kept under.
     aliases: ClassVar[Mapping[str, str]] = {}
+    # What steps in the backward pass, while something does; never copied, pickled or saved.
+    _in_backward: BackwardStep | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
         """Check the extras and build the param groups."""
@@ -75,7 +78,11 @@ class AdafactorBase(PreparingOptimizer):
                 param_group["step"] = (
                     counter(0.0, torch.device("cpu")) if shared is None else shared
                 )
+            if self._in_backward is not None:
+                self._in_backward.check_groups([merged], first=len(self.param_groups))
         super().add_param_group(param_group)
+        if self._in_backward is not None:
+            self._in_backward.watch()
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -123,15 +130,28 @@ class AdafactorBase(PreparingOptimizer):
                 every case no parameter, state or step counter has been changed.
         """
         self._accelerator_graph_capture_health_check()
+        if self._in_backward is not None or self._stepped:
+            self._refuse_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.flush()
         if self._stepped:
             self._finish_call()
         else:
             self._step_all()
+        if self._in_backward is not None:
+            self._in_backward.watch()
         return loss
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients that there are; see ``torch.optim.Optimizer.zero_grad``."""
+        if self._in_backward is not None:
+            self._in_backward.drop_waiting()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
@@ -159,6 +179,7 @@ class AdafactorBase(PreparingOptimizer):
                 group; ``max_grad_norm`` or ``global_clipnorm`` is given; ``nonfinite="skip"`` where
                 one counter serves all parameters; or as ``step``. Nothing has been changed.
         """
+        self._refuse_scaler()
         (id,) = self._find([p])
         if group is not None and group is not self.param_groups[id.group]:
             ours = any(group is mine for mine in self.param_groups)
@@ -182,6 +203,53 @@ class AdafactorBase(PreparingOptimizer):
             i: Its place in the group, which is not needed.
         """
         self.step_param(p, group)
+
+    def enable_backward_step(self, model: torch.nn.Module | None = None) -> BackwardStep:
+        """Step every parameter in the backward pass, as its gradient arrives, and free it there.
+
+        The gradients of a model are then never in memory together, and the numbers are those of
+        ``step()``, bit by bit. Small gradients are gathered to a megabyte before they are stepped,
+        and at the end of the pass. The training loop stays as it is: ``step()`` still belongs after
+        every ``backward()`` and does what is left (gradients that were assigned by hand, averages,
+        counts, hooks, closures), and so does ``zero_grad()``::
+
+            with optimizer.enable_backward_step(model):
+                for batch in batches:
+                    loss(model(batch)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        The lr is that of the time of ``backward()``. A step pre-hook finds no gradients. A
+        parameter that gets its gradient from several re-entrant checkpoints is refused as one with
+        a second gradient. Copies, pickles and state dicts of the optimizer know nothing of this.
+        What accumulates several gradients in ``.grad`` cannot be done: use Keras'
+        ``gradient_accumulation_steps``. ``torch.nn.utils.clip_grad_norm_`` finds nothing to clip.
+
+        Args:
+            model: What is trained, to find out whether something in it keeps gradients from being
+                stepped as they arrive; None where nothing does.
+
+        Returns:
+            A handle: ``remove()``, or the end of a ``with`` block, ends it.
+
+        Raises:
+            RuntimeError: It is enabled already, or the model or a module in it is wrapped in
+                DistributedDataParallel, which sums gradients after they have arrived.
+            ValueError: The model has none of this optimizer's parameters, a parameter is a flat one
+                of FSDP1, or a param group has ``fused=True`` (torch's GradScaler), a common norm to
+                clip by, or ``nonfinite="skip"`` where one counter serves all parameters.
+        """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "parameters are stepped in the backward pass already; call remove() of the handle "
+                "that enable_backward_step returned first"
+            )
+
+        def leave() -> None:
+            self._in_backward = None
+
+        self._in_backward = BackwardStep(self, model, leave)
+        return self._in_backward
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
