@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
+from fused_adafactor.compiling import uncompiled
 from fused_adafactor.partial import PartialOptimizer, refuse_common_norms
 from fused_adafactor.spec import TensorId
 
@@ -55,6 +56,7 @@ class BackwardStep:
         self._waiting: dict[torch.cuda.Stream | None, _Batch] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._end_is_watched = False
+        self._flush = uncompiled(self.flush)
         params = optimizer._all_params()
         if model is not None:
             _check_model(model, params)
@@ -162,7 +164,7 @@ class BackwardStep:
         """Have ``flush`` called at the end of the backward pass; otherwise ``step()`` does it."""
         queue = getattr(Variable._execution_engine, "queue_callback", None)
         if queue is not None:
-            queue(self.flush)
+            queue(self._flush)
             self._end_is_watched = True
 
     def _step(self, stream: torch.cuda.Stream | None) -> None:
@@ -187,7 +189,7 @@ def _hook(handle: BackwardStep) -> Callable[[Tensor], None]:
         if alive is not None:
             alive.take(param)
 
-    return step_in_backward
+    return uncompiled(step_in_backward)  # a compiled function may call backward()
 
 
 def _stream_of(param: Tensor) -> torch.cuda.Stream | None:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from fused_adafactor import backends
 from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
+from fused_adafactor.compiling import uncompiled
 from fused_adafactor.counting import counter
 from fused_adafactor.engine import Engine
 from fused_adafactor.in_backward import BackwardStep
@@ -89,6 +90,14 @@ class AdafactorBase(PartialOptimizer):
         if name == "step":
             self._check_schedulable()
         super().__setattr__(name, value)
+
+    @override
+    def _patch_step_function(self) -> None:
+        """Wrap ``step`` as every optimizer does, and hide what steps from torch.compile."""
+        super()._patch_step_function()
+        cls = type(self)
+        for name in ("step", "step_param", "zero_grad"):
+            setattr(cls, name, uncompiled(getattr(cls, name)))
 
     def _check_schedulable(self) -> None:
         """Refuse a torch lr scheduler where there is no number that it could scale.
