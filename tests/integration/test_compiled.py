@@ -15,7 +15,11 @@ from tests import stepping
 from tests.dialects import DIALECTS, KERAS, TORCH, Dialect
 from tests.stepping import params_of
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    # The compiler's own: it looks at the loss as it looks at every tensor.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=str)
 # What a compiled call of step() counts as; nothing of ours is looked into.
@@ -93,6 +97,7 @@ def test_every_rounding_is_that_of_an_eager_step(rounding):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_with_inductor_the_step_is_that_of_the_same_gradients():
     """Its gradients are its own, so what is compared is what the step makes of them."""
     compiled, eager = Run(TORCH), Run(TORCH)
