@@ -19,8 +19,8 @@ from fused_adafactor.compiling import uncompiled
 from fused_adafactor.partial import PartialOptimizer, refuse_common_norms
 from fused_adafactor.spec import TensorId
 
-# Gradients wait for others until there are so many bytes of them. Larger ones never wait, and the
-# call of a backend takes about as long as the step of so many bytes on a CPU.
+# Gradients wait for others until there are so many bytes of them: stepping these takes longer than
+# calling a backend does.
 BATCH_BYTES = 2**20
 
 

@@ -157,7 +157,10 @@ class AdafactorBase(PartialOptimizer):
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients that there are; see ``torch.optim.Optimizer.zero_grad``."""
+        """As ``torch.optim.Optimizer.zero_grad``.
+
+        Gradients that were freed in the backward pass stay None, whatever ``set_to_none`` says.
+        """
         if self._in_backward is not None:
             self._in_backward.drop_waiting()
         super().zero_grad(set_to_none)
@@ -231,8 +234,9 @@ class AdafactorBase(PartialOptimizer):
         The lr is that of the time of ``backward()``. A step pre-hook finds no gradients. A
         parameter that gets its gradient from several re-entrant checkpoints is refused as one with
         a second gradient. Copies, pickles and state dicts of the optimizer know nothing of this.
-        What accumulates several gradients in ``.grad`` cannot be done: use Keras'
-        ``gradient_accumulation_steps``. ``torch.nn.utils.clip_grad_norm_`` finds nothing to clip.
+        What accumulates several gradients in ``.grad`` cannot be done: use
+        ``gradient_accumulation_steps``. ``torch.nn.utils.clip_grad_norm_`` and torch's GradScaler
+        find no gradients.
 
         Args:
             model: What is trained, to find out whether something in it keeps gradients from being

@@ -111,14 +111,10 @@ class PartialOptimizer(PreparingOptimizer):
 
         Parameters that have another gradient by now are stepped again.
         """
-        stepped = self._stepped or {}
-        self._step_some(
-            [
-                param
-                for param in self._all_params()
-                if param not in stepped or not stepped[param].is_all_of(param.grad)
-            ]
-        )
+        params, stepped = self._all_params(), self._stepped or {}
+        if len(params) != len(self._places or ()):
+            self._look_around()
+        self._step_some([p for p in params if p not in stepped or not stepped[p].is_all_of(p.grad)])
         self._count_call()
 
     def _count_call(self) -> None:

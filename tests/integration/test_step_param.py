@@ -219,19 +219,22 @@ def test_no_gradient_is_kept_alive():
             gc.enable()
 
 
-def test_what_has_left_is_let_go_of():
+@pytest.mark.parametrize("number", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("goes_on", ["apart", "whole"])
+def test_what_has_left_is_let_go_of(number, goes_on):
     optimizer = build(TORCH)
     for step in range(2):
         set_grads(optimizer, step)
         step_apart(optimizer)
         optimizer.step()
-    param = optimizer.param_groups[0]["params"].pop(0)
-    alive = [weakref.ref(param), weakref.ref(optimizer.state.pop(param)["row_var"])]
+    param = optimizer.param_groups[0]["params"].pop(number)
+    alive = [weakref.ref(param), weakref.ref(optimizer.state.pop(param)["step"])]
     del param
     gc.disable()
     try:
         set_grads(optimizer, 2)
-        step_apart(optimizer)
+        if goes_on == "apart":
+            step_apart(optimizer)
         optimizer.step()
         assert [ref() for ref in alive] == [None, None]
     finally:
@@ -325,6 +328,13 @@ def test_a_grad_scaler_is_refused():
     scaler.scale(torch.ones(()))
     with stepping.assert_untouched(optimizer), pytest.raises(RuntimeError, match="GradScaler"):
         scaler.step(optimizer)
+
+
+def test_one_parameter_of_a_scaled_loss_is_refused():
+    """What torch's GradScaler sets before it calls step()."""
+    optimizer = build(TORCH, fused=True)
+    optimizer.found_inf = torch.zeros(())
+    assert_refused(optimizer, "GradScaler")
 
 
 def test_a_refused_parameter_does_not_end_the_call():
