@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -217,14 +218,24 @@ def test_gradients_are_in_memory_a_layer_at_a_time(enabled):
         assert max(alive) == total
 
 
-def test_threads_that_run_backward_take_turns():
+def test_threads_that_run_backward_take_turns(monkeypatch):
     count = 4
-    optimizers = [TORCH(stepping.make_params(((64, 64),) * (3 * count)), d=1.5) for _ in range(2)]
-    inside, whole = optimizers
+    inside, whole = (TORCH(stepping.make_params(((64, 64),) * (3 * count))) for _ in range(2))
     inside.enable_backward_step()
+    monkeypatch.setattr(in_backward, "BATCH_BYTES", 1)
+    stepping_now, step_some = threading.Semaphore(1), in_backward.PartialOptimizer._step_some
+    met = []
+
+    def watched(self: Any, params: Sequence[Tensor]) -> None:
+        met.append(not stepping_now.acquire(blocking=False))
+        time.sleep(1e-3)  # another thread may run
+        step_some(self, params)
+        stepping_now.release()
+
+    monkeypatch.setattr(in_backward.PartialOptimizer, "_step_some", watched)
     for step in range(3):
         losses = []
-        for optimizer in optimizers:
+        for optimizer in (inside, whole):
             params = params_of(optimizer)
             grads = stepping.grad_values(params, step)
             terms = [(p * g).sum() for p, g in zip(params, grads, strict=True)]
@@ -236,10 +247,12 @@ def test_threads_that_run_backward_take_turns():
             thread.join()
         for loss in losses[1]:
             loss.backward()
-        for optimizer in optimizers:
+        for optimizer in (inside, whole):
             optimizer.step()
             optimizer.zero_grad()
         stepping.assert_same_optimizers(inside, whole)
+    assert len(met) > 9 * count
+    assert not any(met)
 
 
 # --- batches -------------------------------------------------------------------------------------
