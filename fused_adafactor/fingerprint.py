@@ -41,14 +41,27 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint_of(
-    groups: Sequence[Mapping[str, Any]], rules: Sequence[Rule], state: Mapping[Tensor, Any]
+    params: Sequence[Tensor],
+    places: Sequence[object],
+    groups: Sequence[Mapping[str, Any]],
+    rules: Sequence[Rule],
+    state: Mapping[Tensor, Any],
 ) -> tuple[Fingerprint, list[Tensor]] | None:
     """The fingerprint of a step, and the gradients that there are.
 
-    Where gradients lie is not part of it: most steps have new ones. None if there is anything whose
-    memory cannot be told, such as a sparse gradient or a number in the state.
+    Where gradients lie is not part of it: most steps have new ones.
+
+    Args:
+        params: What is stepped.
+        places: Where each is, and its name, which a rule may go by; in any form.
+        groups: Those that the parameters are in.
+        rules: Theirs.
+        state: Of the parameters, and of others where it is not worth the time to choose.
+
+    Returns:
+        None if there is anything whose memory cannot be told, such as a sparse gradient or a number
+        in the state.
     """
-    params = list(chain.from_iterable(map(_params, groups)))
     grads = list(map(_grad, params))
     given = list(map(is_not, grads, repeat(None)))
     grads = list(compress(grads, given))
@@ -56,8 +69,7 @@ def fingerprint_of(
     shared = [group["step"] for group in groups if "step" in group]
     try:
         facts = (
-            # Names are what a rule may go by.
-            [(len(g["params"]), list(g.get("param_names", ()))) for g in groups],
+            places,
             rules,
             [(g["seed"], g["capturable"], g["fused"]) for g in groups],
             given,
@@ -77,8 +89,3 @@ def fingerprint_of(
     except (RuntimeError, TypeError):
         return None
     return Fingerprint([*params, *state, *kept, *shared], facts), grads
-
-
-def _params(group: Mapping[str, Any]) -> list[Tensor]:
-    params: list[Tensor] = group["params"]
-    return params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import get_args, get_type_hints
 
 import pytest
@@ -55,8 +56,8 @@ def _class(name: str) -> type:
     return found
 
 
-def _arguments(cls: type) -> str:
-    parameters = list(inspect.signature(cls).parameters.values())
+def _arguments(called: Callable[..., object]) -> str:
+    parameters = list(inspect.signature(called).parameters.values())
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     return str(inspect.Signature(bare)).strip("()")
 
@@ -80,6 +81,19 @@ def test_every_dialect_is_a_torch_optimizer_with_the_same_extras(name: str) -> N
     assert (group["seed"], group["rounding"]) == (3, "kahan")
     assert optimizer.backend == "auto"
     assert isinstance(optimizer.explain(), str)
+
+
+METHODS = {
+    "step_param": "self, p, group=None",
+    "step_parameter": "self, p, group, i",
+    "enable_backward_step": "self, model=None",
+    "explain": "self",
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_dialect_has_the_same_methods_beyond_torchs(name: str) -> None:
+    assert {method: _arguments(getattr(_class(name), method)) for method in METHODS} == METHODS
 
 
 def test_the_extras_have_the_documented_defaults() -> None:

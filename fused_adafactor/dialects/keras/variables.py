@@ -139,6 +139,21 @@ class VariablesOfKeras(AdafactorBase):
                     if not callable(group["lr"]):
                         group["lr"] = float(value)
 
+    def _own(self, params: Iterable[Tensor] | None) -> list[Tensor]:
+        """The given parameters, or all of them."""
+        everything = [param for _, param, _ in self._ids()]
+        if params is None:
+            return everything
+        given, known = list(params), {id(param) for param in everything}
+        for param in given:
+            if id(param) not in known:
+                raise ValueError(
+                    f"Unknown variable: of shape {tuple(param.shape)}. This optimizer can only be "
+                    "called for the variables it was originally built with. When working with a "
+                    "new set of variables, you should recreate a new optimizer instance."
+                )
+        return given
+
     def _variables(self) -> list[_Variable]:
         """What a Keras optimizer of these parameters and options tracks, in its order."""
         rules = [self._rule(group) for group in self.param_groups]
