@@ -25,7 +25,8 @@ from fused_adafactor.metrics import Metrics
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.spec import TensorId, TensorSpec, spec_of
+from fused_adafactor.sharding import check_grad, joiner, shard_of
+from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import check_state, init_state
 
 
@@ -251,10 +252,13 @@ class AdafactorBase(CheckpointedOptimizer):
             rule = self._param_rule(rules[id.group], id, param)
             if param.grad is None and (not rule.moves_without_grad or param not in self.state):
                 continue
-            grad = param if param.grad is None else param.grad
-            spec = spec_of(id, param, grad, rule)
+            part = local_of(param)
+            grad = part if param.grad is None else local_of(param.grad)
+            if param.grad is not None:
+                check_grad(id, param, param.grad)
+            spec = spec_of(id, part, grad, rule, shard_of(id, param))
             check_state(self.state.get(param, {}), spec, rule, self.layout)
-            self._engine.check(spec, param, grad)
+            self._engine.check(spec, part, grad)
             drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
         return drafts if any(draft.has_grad for draft in drafts) else []
 
@@ -288,14 +292,15 @@ class AdafactorBase(CheckpointedOptimizer):
             counters = {}
             for group, spec, rule, _, param in mine:
                 device = counter_device(group, param)
-                init_state(self.state[param], spec, rule, self.layout, param, device)
+                part, join = local_of(param), joiner(param)
+                init_state(self.state[param], spec, rule, self.layout, part, device, join)
                 counted = self._counter(group, rule, param)
                 assert counted is not None
                 counters[id(counted)] = counted
                 tasks[spec.id.index] = Task(
                     spec=spec,
                     cohort=cohort,
-                    param=param,
+                    param=part,
                     state=self.state[param],
                     counter=counted,
                 )
@@ -316,7 +321,8 @@ class AdafactorBase(CheckpointedOptimizer):
                 group_rules,
                 self._own_rules(group_rules, ids, params),
             )
-        return prepared, [draft.param.grad for draft in drafts if draft.param.grad is not None]
+        grads = [draft.param.grad for draft in drafts if draft.param.grad is not None]
+        return prepared, list(map(local_of, grads))
 
     def _evaluate(
         self, cohorts: Sequence[Cohort], groups: Sequence[int], calls: Sequence[Number]
@@ -369,9 +375,8 @@ class AdafactorBase(CheckpointedOptimizer):
         if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
             return False
         for group, spec, rule, _, param in drafts:
-            init_state(
-                self.state[param], spec, rule, self.layout, param, counter_device(group, param)
-            )
+            part, device, join = local_of(param), counter_device(group, param), joiner(param)
+            init_state(self.state[param], spec, rule, self.layout, part, device, join)
         return True
 
     @property
@@ -443,8 +448,10 @@ class AdafactorBase(CheckpointedOptimizer):
         rules = self._rules()
         specs = []
         for _, param, id in self._ids():
-            grad = param if param.grad is None else param.grad
-            specs.append(spec_of(id, param, grad, self._param_rule(rules[id.group], id, param)))
+            part = local_of(param)
+            grad = part if param.grad is None else local_of(param.grad)
+            rule = self._param_rule(rules[id.group], id, param)
+            specs.append(spec_of(id, part, grad, rule, shard_of(id, param)))
         return self._engine.explain(specs, rules)
 
 
