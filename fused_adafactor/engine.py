@@ -33,7 +33,7 @@ from fused_adafactor.plan import (
 )
 from fused_adafactor.rule import Rule, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.sharding import sum_over_processes
+from fused_adafactor.sharding import Processes
 from fused_adafactor.spec import TensorId, TensorSpec, has_memory
 from fused_adafactor.state import StateLayout, canonical
 
@@ -152,6 +152,7 @@ class Engine:
         self.layout = layout
         self.grad_sq: Tensor | None = None  # Σ g² of the last joined update, 0-d
         self._calls = 0
+        self._processes = Processes()
         self._facts: dict[tuple[torch.device, bool], Facts] = {}
         self._plans: dict[tuple[tuple[TensorSpec, ...], Facts, bool], Plan] = {}
 
@@ -246,7 +247,7 @@ class Engine:
         for number in range(len(parts[0][0].segments)):
             if number:
                 distributed = [(b.specs, e.sums) for b, e in parts if e.sums]
-                sum_over_processes(
+                self._processes.sum(
                     [spec for specs, _ in distributed for spec in specs],
                     [mine for _, sums in distributed for mine in sums],
                 )

@@ -19,9 +19,6 @@ from fused_adafactor.binding import PartialSum
 from fused_adafactor.spec import Shard, TensorId, TensorSpec
 from fused_adafactor.state import Entry
 
-# One group of processes for each set of dimensions of a mesh, made when it is first needed.
-_groups: dict[tuple[Hashable, tuple[int, ...]], torch.distributed.ProcessGroup] = {}
-
 
 def shard_of(id: TensorId, param: Tensor) -> Shard | None:
     """Which part of a parameter this process has; None if it is not distributed.
@@ -126,41 +123,53 @@ def part_of(value: Tensor, entry: Entry, spec: TensorSpec) -> Tensor:
     return value
 
 
-def sum_over_processes(specs: Sequence[TensorSpec], sums: Sequence[Sequence[PartialSum]]) -> None:
-    """Take sums over processes, in place: one all-reduce for each group of them.
+class Processes:
+    """Sums over processes; keeps the groups that it has made of them."""
 
-    Args:
-        specs: The tensors.
-        sums: Of each; the same ones on all processes.
-    """
-    by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
-    for spec, mine in zip(specs, sums, strict=True):
-        for tensor, over in mine:
-            if spec.shard is not None and over:
-                by_group.setdefault((spec.shard.mesh, over), []).append(tensor)
-    for (mesh, over), tensors in by_group.items():
-        _all_reduce(tensors, mesh, over)
+    def __init__(self) -> None:
+        """Start without any: groups are made by all processes together, in a step."""
+        self._groups: dict[tuple[Hashable, tuple[int, ...]], torch.distributed.ProcessGroup] = {}
+
+    def sum(self, specs: Sequence[TensorSpec], sums: Sequence[Sequence[PartialSum]]) -> None:
+        """Take sums, in place: one all-reduce for each group of processes.
+
+        Args:
+            specs: The tensors.
+            sums: Of each; the same ones on all processes.
+        """
+        by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
+        for spec, mine in zip(specs, sums, strict=True):
+            for tensor, over in mine:
+                if spec.shard is not None and over:
+                    by_group.setdefault((spec.shard.mesh, over), []).append(tensor)
+        for (mesh, over), tensors in by_group.items():
+            _all_reduce(tensors, mesh, self._group(mesh, over))
+
+    def _group(self, mesh: Any, over: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+        """The processes that share with this one what is split over dimensions of a mesh."""
+        if len(over) == 1:
+            return cast(torch.distributed.ProcessGroup, mesh.get_group(over[0]))
+        if (mesh, over) not in self._groups:
+            # Not mesh._flatten(), which DTensor would find and gather uneven parts wrongly with.
+            place = mesh.get_coordinate()
+            at = tuple(slice(None) if axis in over else place[axis] for axis in range(mesh.ndim))
+            ranks = mesh.mesh[at].flatten().tolist()
+            self._groups[mesh, over] = torch.distributed.new_group(
+                ranks, use_local_synchronization=True
+            )
+        return self._groups[mesh, over]
 
 
-def _all_reduce(tensors: Sequence[Tensor], mesh: Any, over: tuple[int, ...]) -> None:
+def _all_reduce(
+    tensors: Sequence[Tensor], mesh: Any, group: torch.distributed.ProcessGroup
+) -> None:
     dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
     # On the mesh's device, which a parameter that is kept on the CPU is not on.
     flat = torch.cat([t.reshape(-1).to(mesh.device_type, dtype) for t in tensors])
-    torch.distributed.all_reduce(flat, group=_group(mesh, over))
+    torch.distributed.all_reduce(flat, group=group)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))
-
-
-def _group(mesh: Any, over: tuple[int, ...]) -> torch.distributed.ProcessGroup:
-    """The processes that share what is split over these dimensions of a mesh, and this one."""
-    if len(over) == 1:
-        return cast(torch.distributed.ProcessGroup, mesh.get_group(over[0]))
-    if (mesh, over) not in _groups:
-        names = mesh.mesh_dim_names or ()
-        flat = mesh if len(over) == mesh.ndim else mesh[tuple(names[axis] for axis in over)]
-        _groups[mesh, over] = flat._flatten().get_group()
-    return _groups[mesh, over]
 
 
 def _block(size: int, axes: Iterable[int], mesh: Any) -> tuple[int, int]:
