@@ -254,9 +254,10 @@ class AdafactorBase(CheckpointedOptimizer):
                 continue
             part = local_of(param)
             grad = part if param.grad is None else local_of(param.grad)
+            shard = shard_of(id, param)
             if param.grad is not None:
                 check_grad(id, param, param.grad)
-            spec = spec_of(id, part, grad, rule, shard_of(id, param))
+            spec = spec_of(id, part, grad, rule, shard)
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             self._engine.check(spec, part, grad)
             drafts.append(_Draft(group, spec, rule, param.grad is not None, param))

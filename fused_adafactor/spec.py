@@ -130,6 +130,14 @@ class TensorSpec:
         """Dimensions of the mesh that the columns of its matrices are split over."""
         return self._over(-1)
 
+    @property
+    def has_first_row(self) -> bool:
+        """Whether no other process has the first row of its matrices."""
+        if self.shard is None or self.view is None:
+            return True
+        assert self.view.permutation is not None
+        return self.shard.offset[self.view.permutation[-2]] == 0
+
     def _over(self, place: int) -> tuple[int, ...]:
         if self.shard is None or self.view is None:
             return ()

@@ -124,10 +124,12 @@ def _sums(b: _Work, phases: Sequence[Phase]) -> list[PartialSum]:
         return []
     rows, cols, every = spec.rows_over, spec.cols_over, spec.shard.over
     if Phase.STATS not in phases:
-        # What followed from sums over all rows is that of all rows.
-        over = tuple(axis for axis in every if axis not in rows) if b.planned.sweeps == 2 else every
-        measured = b.planned.sweeps == 3 or partials.col_weighted is not None
-        found = [(partials.update_sq if measured else None, over)]
+        if b.planned.sweeps == 2 and (partials.col_weighted is None or set(every) == set(rows)):
+            return []  # Σu², or what it followed from, has been summed up
+        if partials.col_weighted is not None and partials.update_sq is not None:
+            # What followed from sums over all rows is that of all rows: one process says it.
+            partials.update_sq = partials.update_sq * spec.has_first_row
+        found = [(partials.update_sq, every)]
     else:
         found = [
             (partials.row_sq, cols),
