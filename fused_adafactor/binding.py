@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,18 @@ class Binding:
         return RoundingKey(self.cohort.seed, self.planned.spec.id.index, step)
 
 
+class PartialSum(NamedTuple):
+    """What this process has of a sum.
+
+    Attributes:
+        tensor: Overwritten with the sum.
+        over: Dimensions of the mesh that it is to be taken over.
+    """
+
+    tensor: Tensor
+    over: tuple[int, ...]
+
+
 @dataclass(kw_only=True, eq=False)
 class Exchange:
     """What passes between the engine and a backend in one step; gone when the step is over.
@@ -115,6 +127,8 @@ class Exchange:
             ``STATS`` and ``FINALIZE``; None where nothing is clipped by a norm.
         grad_sq: Vector: Σ g² before any clipping. Set by ``STATS`` where it runs without the rest.
         param_rms: Vector: RMS(p). Set by ``FINALIZE`` if ``wants_param_rms``.
+        sums: Of each tensor, what is to be summed up over processes before the next phase. Set by
+            each run that does not end with ``APPLY``; empty where nothing is distributed.
         wants_param_rms: Whether somebody will read it; every rule then measures it.
         scratch: The backend's own, from one call to the next.
     """
@@ -124,6 +138,7 @@ class Exchange:
     grad_factor: Tensor | None = None
     grad_sq: Tensor | None = None
     param_rms: Tensor | None = None
+    sums: Sequence[Sequence[PartialSum]] = ()
     wants_param_rms: bool = False
     scratch: Any = None
 

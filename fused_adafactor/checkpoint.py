@@ -20,7 +20,8 @@ from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.counting import check_count, counter, counter_device
 from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
-from fused_adafactor.spec import TensorId, TensorSpec, spec_of
+from fused_adafactor.sharding import joiner, part_of, shard_of
+from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import StateLayout, adopt, check_state, entries_of
 
 
@@ -166,7 +167,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
             for number, param in zip(saved["params"], group["params"], strict=True):
                 if number in source["state"] and id(param) in ids:
                     own = self._param_rule(rule, ids[id(param)], param)
-                    spec = spec_of(ids[id(param)], param, param, own)
+                    part, shard = local_of(param), shard_of(ids[id(param)], param)
+                    spec = spec_of(ids[id(param)], part, part, own, shard)
                     yield _Loaded(saved, source["state"][number], param, spec, own)
 
     def _check_loaded(self, source: StateDict) -> None:
@@ -193,7 +195,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                 key = self.layout.key(name)
                 if key not in saved:
                     continue
-                state[key] = adopt(saved[key], name, entry, spec, self.layout)
+                mine = part_of(local_of(torch.as_tensor(saved[key])), entry, spec)
+                state[key] = joiner(param)(adopt(mine, name, entry, spec, self.layout), entry)
                 if name == "step":
                     state[key] = state[key].to(counter_device(group, param))
 

@@ -33,6 +33,7 @@ from fused_adafactor.plan import (
 )
 from fused_adafactor.rule import Rule, StepCount
 from fused_adafactor.schedule import Number
+from fused_adafactor.sharding import Processes
 from fused_adafactor.spec import TensorId, TensorSpec, has_memory
 from fused_adafactor.state import StateLayout, canonical
 
@@ -69,7 +70,7 @@ class _Batch:
         members: Where each belongs.
         grads: Places of theirs among all gradients; None for all of them, in order.
         param_rms: Where RMS(p) is kept, if the dialect does.
-        ids: Its tensors.
+        specs: Its tensors.
         updated: When they were last updated, counted in calls of ``Engine.run``; 0 for never.
     """
 
@@ -79,7 +80,7 @@ class _Batch:
     members: Members
     grads: list[int] | None
     param_rms: list[Tensor] | None
-    ids: list[TensorId]
+    specs: list[TensorSpec]
     updated: int = 0
 
     def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
@@ -154,14 +155,16 @@ class Engine:
         self.layout = layout
         self.grad_sq: Tensor | None = None  # Σ g² of the last joined update, 0-d
         self._calls = 0
-        self._facts: dict[torch.device, Facts] = {}
+        self._processes = Processes()
+        self._facts: dict[tuple[torch.device, bool], Facts] = {}
         self._plans: dict[tuple[tuple[TensorSpec, ...], Facts, bool], Plan] = {}
 
-    def facts(self, device: torch.device) -> Facts:
-        """The backend that steps tensors on a device."""
-        if device not in self._facts:
-            self._facts[device] = backends.choose(self.request, device)
-        return self._facts[device]
+    def facts(self, spec: TensorSpec) -> Facts:
+        """The backend that steps a tensor."""
+        key = (spec.device, spec.shard is not None)
+        if key not in self._facts:
+            self._facts[key] = backends.choose(self.request, *key)
+        return self._facts[key]
 
     def check(self, spec: TensorSpec, param: Tensor, grad: Tensor) -> None:
         """Refuse what the backend of a tensor cannot step, before anything is changed.
@@ -170,7 +173,7 @@ class Engine:
             RuntimeError: A native backend was asked to read what is not in plain memory, or laid
                 out in too many dimensions.
         """
-        backend = self.facts(spec.device).backend
+        backend = self.facts(spec).backend
         if backend == "reference" or spec.numel == 0:
             return
         reason = backends.load(backend).obstacle(spec)
@@ -197,7 +200,7 @@ class Engine:
         """One plan per backend, from the cache where the same tensors were planned before."""
         by_facts: dict[Facts, list[TensorSpec]] = {}
         for spec in specs:
-            by_facts.setdefault(self.facts(spec.device), []).append(spec)
+            by_facts.setdefault(self.facts(spec), []).append(spec)
         return [self._cached(tuple(members), facts, joined) for facts, members in by_facts.items()]
 
     def explain(self, specs: Sequence[TensorSpec], rules: Sequence[Rule]) -> str:
@@ -246,6 +249,12 @@ class Engine:
             return
         for number in range(len(parts[0][0].segments)):
             if number:
+                distributed = [(b.specs, e.sums) for b, e in parts if e.sums]
+                self._processes.sum(
+                    [spec for specs, _ in distributed for spec in specs],
+                    [mine for _, sums in distributed for mine in sums],
+                )
+            if number == 1 and any(batch.members.joined for batch, _ in parts):
                 self.grad_sq = join([(batch.members, exchange) for batch, exchange in parts])
             for batch, exchange in parts:
                 assert batch.executor is not None
@@ -274,7 +283,8 @@ class Engine:
         for batch in sorted(batches, key=lambda batch: batch.updated):
             if batch.updated and batch.executor is not None:
                 rules = [cohort.rule for cohort in batch.members.cohorts]
-                found |= zip(batch.ids, metrics_of(rules, batch.executor.outcome()), strict=True)
+                ids = [spec.id for spec in batch.specs]
+                found |= zip(ids, metrics_of(rules, batch.executor.outcome()), strict=True)
         return found
 
     def _make_course(self, prepared: Prepared) -> _Course:
@@ -329,7 +339,7 @@ class Engine:
             ),
             grads=None if mine == list(range(len(grads))) else mine,
             param_rms=kept if measured and len(kept) == len(tasks) else None,
-            ids=[task.spec.id for task in tasks],
+            specs=[task.spec for task in tasks],
         )
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:

@@ -65,6 +65,16 @@ class MatrixView:
             return None
         return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
+    def part(self, shape: tuple[int, ...]) -> MatrixView:
+        """The same view of a part of the parameter: the same dimensions, however long they are.
+
+        Raises:
+            ValueError: The view is a reshape, of which a part is no matrix.
+        """
+        if self.permutation is None:
+            raise ValueError("a part of a reshaped parameter is no matrix")
+        return MatrixView(shape, tuple(shape[d] for d in self.permutation), self.permutation)
+
     def to_matrices(self, tensor: Tensor) -> Tensor:
         """See a tensor shaped like the parameter as [..., n, m]; a copy only if it must be."""
         if self.permutation is None:

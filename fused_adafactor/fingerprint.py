@@ -13,10 +13,13 @@ from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_adafactor.rule import Rule
+from fused_adafactor.spec import local_of
 
+_PLAIN = {Tensor, torch.nn.Parameter}
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 
@@ -74,7 +77,7 @@ def fingerprint_of(
             [(g["seed"], g["capturable"], g["fused"]) for g in groups],
             given,
             # Where a parameter is tells on which device, and torch holds a gradient to both.
-            list(map(Tensor.data_ptr, params)),
+            list(map(Tensor.data_ptr, _parts(params))),
             list(map(Tensor.size, params)),
             list(map(Tensor.stride, params)),
             list(map(_dtype, params)),
@@ -84,8 +87,14 @@ def fingerprint_of(
             list(map(_dtype, grads)),
             list(map(type, grads)),
             list(chain.from_iterable(state.values())),
-            list(map(Tensor.data_ptr, chain(kept, shared))),
+            list(map(Tensor.data_ptr, _parts([*kept, *shared]))),
         )
     except (RuntimeError, TypeError):
         return None
-    return Fingerprint([*params, *state, *kept, *shared], facts), grads
+    return Fingerprint([*params, *state, *kept, *shared], facts), _parts(grads)
+
+
+def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process has of each: a distributed tensor has no address of its own."""
+    plain = set(map(type, tensors)) <= _PLAIN
+    return list(tensors) if plain else list(map(local_of, tensors))

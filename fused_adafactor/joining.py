@@ -39,6 +39,7 @@ class Members:
         self.sizes = [size for _, size in runs]
         self.rules = [cohort.rule for cohort, _ in runs]
         self.counter_index = torch.tensor(self.counters, device=self.device)
+        self.joined = joins(self.rules)
         self.skips = any(rule.nonfinite is Nonfinite.SKIP for rule in self.rules)
 
 

@@ -23,7 +23,7 @@ from fused_adafactor.in_backward import BackwardStep
 from fused_adafactor.metrics import Metrics
 from fused_adafactor.partial import PartialOptimizer
 from fused_adafactor.rule import StepCount
-from fused_adafactor.spec import spec_of
+from fused_adafactor.sharding import described
 
 
 class AdafactorBase(PartialOptimizer):
@@ -137,7 +137,8 @@ class AdafactorBase(PartialOptimizer):
 
         Raises:
             RuntimeError: A sparse or complex gradient, overlapping memory, or different devices.
-            TypeError: A dtype that cannot be stepped, or a DTensor.
+            TypeError: A dtype that cannot be stepped, or a DTensor whose sums are still to be
+                taken, or that has another placement than its gradient.
             ValueError: State that does not fit its parameter, or a hyperparameter out of range. In
                 every case no parameter, state or step counter has been changed.
         """
@@ -321,6 +322,6 @@ class AdafactorBase(PartialOptimizer):
         rules = self._rules(range(len(self.param_groups)))
         specs = []
         for _, param, id in self._ids():
-            grad = param if param.grad is None else param.grad
-            specs.append(spec_of(id, param, grad, self._param_rule(rules[id.group], id, param)))
+            rule = self._param_rule(rules[id.group], id, param)
+            specs.append(described(id, param, rule))
         return self._engine.explain(specs, list(rules.values()))

@@ -86,8 +86,8 @@ class Plan:
         facts: The backend.
         tensors: In order.
         segments: Phases that run without anything between them. There is more than one where
-            tensors must be joined
-            first: by a global gradient norm, or to skip a step together.
+            tensors must be joined first, by a global gradient norm or to skip a step together,
+            and where sums are to be taken over processes.
     """
 
     facts: Facts
@@ -105,13 +105,17 @@ def make_plan(specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan
             ``FINALIZE``.
     """
     tensors = tuple(_plan_tensor(spec, facts) for spec in specs)
-    rest = (Phase.FINALIZE, Phase.UPDATE_RMS, Phase.APPLY)
-    segments = ((Phase.STATS,), rest) if joined else ((Phase.STATS, *rest),)
+    stats, measured = (Phase.STATS,), (Phase.FINALIZE, Phase.UPDATE_RMS)
+    segments: tuple[tuple[Phase, ...], ...] = ((*stats, *measured, Phase.APPLY),)
+    if any(spec.shard is not None for spec in specs):
+        segments = (stats, measured, (Phase.APPLY,))
+    elif joined:
+        segments = (stats, (*measured, Phase.APPLY))
     return Plan(facts, tensors, segments)
 
 
 def _plan_tensor(spec: TensorSpec, facts: Facts) -> PlannedTensor:
-    if spec.numel == 0:
+    if spec.whole_numel == 0:
         return PlannedTensor(spec, Launch.EMPTY, 0, 0, "no elements")
     launch = Launch.UNFACTORED if spec.view is None else Launch.FACTORED
     obstacle = _third_sweep(spec, facts)
@@ -130,7 +134,9 @@ def _third_sweep(spec: TensorSpec, facts: Facts) -> str | None:
     structure = spec.structure
     if not structure.update_clip:
         return None
-    if not facts.two_sweep:
+    if spec.cols_over:
+        return "its columns are spread over processes, so a row is not known after one sweep"
+    if not facts.two_sweep and spec.shard is None:
         return f"the {facts.backend} backend takes the sweeps one by one, as the papers write them"
     if structure.grad_clip in (GradClipKind.NORM, GradClipKind.GLOBAL_NORM):
         return "the gradient is clipped by a norm that is known only after the first sweep"

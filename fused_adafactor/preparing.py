@@ -20,7 +20,8 @@ from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.spec import TensorId, TensorSpec, spec_of
+from fused_adafactor.sharding import described, joiner
+from fused_adafactor.spec import TensorId, TensorSpec, local_of
 from fused_adafactor.state import check_state, init_state
 
 Placed = tuple[dict[str, Any], Tensor, TensorId]  # a parameter, with its group and identity
@@ -180,10 +181,10 @@ class PreparingOptimizer(CheckpointedOptimizer):
             rule = self._param_rule(rules[id.group], id, param)
             if param.grad is None and (not rule.moves_without_grad or param not in self.state):
                 continue
-            grad = param if param.grad is None else param.grad
-            spec = spec_of(id, param, grad, rule)
+            spec = described(id, param, rule)
             check_state(self.state.get(param, {}), spec, rule, self.layout)
-            self._engine.check(spec, param, grad)
+            part = local_of(param)
+            self._engine.check(spec, part, part if param.grad is None else local_of(param.grad))
             drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
         return drafts
 
@@ -223,14 +224,15 @@ class PreparingOptimizer(CheckpointedOptimizer):
             counters = {}
             for group, spec, rule, _, param in mine:
                 device = counter_device(group, param)
-                init_state(self.state[param], spec, rule, self.layout, param, device)
+                part, join = local_of(param), joiner(param)
+                init_state(self.state[param], spec, rule, self.layout, part, device, join)
                 counted = self._counter(group, rule, param)
                 assert counted is not None
                 counters[id(counted)] = counted
                 tasks[spec.id.index] = Task(
                     spec=spec,
                     cohort=cohort,
-                    param=param,
+                    param=part,
                     state=self.state[param],
                     counter=counted,
                 )
@@ -241,7 +243,8 @@ class PreparingOptimizer(CheckpointedOptimizer):
             clocks=clocks,
             is_partial=some is not None,
         )
-        grads = [draft.param.grad for draft in drafts if draft.param.grad is not None]
+        given = [draft.param.grad for draft in drafts if draft.param.grad is not None]
+        grads = list(map(local_of, given))
         found = self._fingerprint(rules, some)
         if found is None:
             return (prepared, grads), None
@@ -302,9 +305,8 @@ class PreparingOptimizer(CheckpointedOptimizer):
         if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
             return False
         for group, spec, rule, _, param in drafts:
-            init_state(
-                self.state[param], spec, rule, self.layout, param, counter_device(group, param)
-            )
+            part, device, join = local_of(param), counter_device(group, param), joiner(param)
+            init_state(self.state[param], spec, rule, self.layout, part, device, join)
         return True
 
 

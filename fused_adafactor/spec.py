@@ -6,8 +6,11 @@ and its gradient are checked, so that a step raises before it has touched anythi
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,8 +50,32 @@ class TensorId:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which part of a distributed parameter this process has.
+
+    Attributes:
+        whole: Shape of the parameter.
+        offset: Index of the first element of the part, by dimension; the part is one block.
+        split: By dimension, the dimensions of the mesh that it is split over.
+        mesh: Whose processes have the parts; compared and hashed, never asked here.
+    """
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    split: tuple[tuple[int, ...], ...]
+    mesh: Hashable
+
+    @property
+    def over(self) -> tuple[int, ...]:
+        """Dimensions of the mesh that anything is split over."""
+        return tuple(sorted({axis for axes in self.split for axis in axes}))
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One tensor to step; no pointers, hashable.
+
+    Of a distributed parameter it is the part that this process has.
 
     Attributes:
         id: Which parameter.
@@ -61,6 +88,7 @@ class TensorSpec:
         device: Of both.
         view: The matrices that are factored, or None.
         structure: The switches of its rule.
+        shard: Which part of the parameter it is; None for all of it.
     """
 
     id: TensorId
@@ -73,6 +101,48 @@ class TensorSpec:
     device: torch.device
     view: MatrixView | None
     structure: Structure
+    shard: Shard | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the parameter, on all processes together."""
+        return self.shape if self.shard is None else self.shard.whole
+
+    @property
+    def whole_numel(self) -> int:
+        """Number of elements of the parameter, on all processes together."""
+        return math.prod(self.whole)
+
+    @property
+    def whole_view(self) -> MatrixView | None:
+        """The matrices that are factored, whole."""
+        if self.view is None or self.shard is None:
+            return self.view
+        return self.view.part(self.shard.whole)
+
+    @property
+    def rows_over(self) -> tuple[int, ...]:
+        """Dimensions of the mesh that the rows of its matrices are split over."""
+        return self._over(-2)
+
+    @property
+    def cols_over(self) -> tuple[int, ...]:
+        """Dimensions of the mesh that the columns of its matrices are split over."""
+        return self._over(-1)
+
+    @property
+    def has_first_row(self) -> bool:
+        """Whether no other process has the first row of its matrices."""
+        if self.shard is None or self.view is None:
+            return True
+        assert self.view.permutation is not None
+        return self.shard.offset[self.view.permutation[-2]] == 0
+
+    def _over(self, place: int) -> tuple[int, ...]:
+        if self.shard is None or self.view is None:
+            return ()
+        assert self.view.permutation is not None
+        return self.shard.split[self.view.permutation[place]]
 
     @property
     def numel(self) -> int:
@@ -107,14 +177,24 @@ class TensorSpec:
         )
 
 
-def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec:
+def spec_of(
+    id: TensorId, param: Tensor, grad: Tensor, rule: Rule, shard: Shard | None = None
+) -> TensorSpec:
     """Check a parameter and its gradient, and describe them.
+
+    Args:
+        id: Which parameter.
+        param: It, or the part of it that this process has.
+        grad: Its gradient, likewise.
+        rule: Its rule.
+        shard: Which part it is; None for all of it.
 
     Raises:
         RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or
             overlapping memory.
-        TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
-        ValueError: Shapes differ, or a rounding that the dtype does not have.
+        TypeError: A dtype that is not one of ``DTYPES``.
+        ValueError: Shapes differ, a rounding that the dtype does not have, or a part of a
+            parameter that is factored by a reshape.
     """
     _check_kinds(id, param, grad)
     _check_pair(id, param, grad)
@@ -130,9 +210,34 @@ def spec_of(id: TensorId, param: Tensor, grad: Tensor, rule: Rule) -> TensorSpec
         grad_dtype=grad.dtype,
         math_dtype=torch.float64 if double else torch.float32,
         device=param.device,
-        view=rule.factoring.view_of(shape),
+        view=_view_of(id, shape, rule, shard),
         structure=structure_of(rule),
+        shard=shard,
     )
+
+
+def _view_of(
+    id: TensorId, shape: tuple[int, ...], rule: Rule, shard: Shard | None
+) -> MatrixView | None:
+    """What is factored is decided by the whole parameter."""
+    if shard is None:
+        return rule.factoring.view_of(shape)
+    whole = rule.factoring.view_of(shard.whole)
+    if whole is None:
+        return None
+    if whole.permutation is None:
+        raise ValueError(
+            f"{id} of shape {shard.whole} is distributed, and this optimizer factors it as a "
+            f"matrix of shape {whole.matrices}, whose rows and columns its parts do not have. Use "
+            "enable_factorization=False for it, or another dialect"
+        )
+    return whole.part(shape)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: the tensor, unless it is distributed (a DTensor)."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else cast(Tensor, to_local())
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -161,11 +266,6 @@ def _check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(
             f"Adafactor does not support sparse gradients: that of {id} is {grad.layout}; "
             "use sparse=False in the embedding, or grad.to_dense()"
-        )
-    if hasattr(param, "placements") or hasattr(grad, "placements"):
-        raise TypeError(
-            f"{id} is a distributed tensor (DTensor), which this version cannot step: its norms "
-            "and factors need sums over all ranks. Use DDP, or an unsharded parameter"
         )
     for what, tensor in (("", param), ("the gradient of ", grad)):
         if tensor.dtype not in DTYPES:

@@ -7,8 +7,9 @@ view of that.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from torch import Tensor
 from fused_adafactor.counting import check_count, counter, counter_dtype
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rule import Rule, StepCount
-from fused_adafactor.spec import TensorSpec
+from fused_adafactor.spec import TensorSpec, local_of
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -64,37 +67,97 @@ REQUIRED = ("step", "row_var", "col_var", "var", "var_max", "exp_avg")
 
 @dataclass(frozen=True)
 class Entry:
-    """Shape and dtype that one state entry must have."""
+    """Shape and dtype that one state entry must have.
+
+    Attributes:
+        shape: Of the whole entry.
+        dtype: Its dtype.
+        part: Shape of what this process has of it: ``shape``, unless the parameter is distributed.
+        split: By dimension of it, the dimensions of the mesh that it is split over.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    part: tuple[int, ...]
+    split: tuple[tuple[int, ...], ...]
 
 
 def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, Entry]:
     """The entries that a tensor owns under a rule, by glossary name."""
-    full = spec.shape if spec.view is None or spec.view.permutation else spec.view.matrices
     moment = rule.moment_dtype(spec.param_dtype)
     entries: dict[str, Entry] = {}
     if rule.step_count is StepCount.PER_PARAM:
-        entries["step"] = Entry((), counter_dtype())
+        entries["step"] = _scalar(counter_dtype())
     if spec.view is None:
-        entries["var"] = Entry(full, moment)
+        entries["var"] = _matrices(spec, moment)
     else:
         for name in ("row_var", "col_var"):
-            entries[name] = Entry(_factor_shape(spec.view, name, layout.keepdim), moment)
+            entries[name] = _factor(spec, name, moment, layout.keepdim)
     if rule.amsgrad:
-        entries["var_max"] = Entry(full, moment)
+        entries["var_max"] = _matrices(spec, moment)
     if rule.momentum is not None:
-        entries["exp_avg"] = Entry(full, rule.momentum_dtype(spec.param_dtype))
+        entries["exp_avg"] = _matrices(spec, rule.momentum_dtype(spec.param_dtype))
     if layout.param_rms is not None:
-        entries["param_rms"] = Entry((), spec.math_dtype)
+        entries["param_rms"] = _scalar(spec.math_dtype)
     if spec.keeps_compensation:
-        entries["compensation"] = Entry(spec.shape, spec.param_dtype)
+        entries["compensation"] = _full(spec, spec.param_dtype)
     if rule.weight_average is not None:
-        entries["average"] = Entry(spec.shape, spec.math_dtype)
+        entries["average"] = _full(spec, spec.math_dtype)
     if rule.accumulation_steps > 1:
-        entries["accumulator"] = Entry(spec.shape, spec.math_dtype)
+        entries["accumulator"] = _full(spec, spec.math_dtype)
     return entries
+
+
+def _scalar(dtype: torch.dtype) -> Entry:
+    return Entry((), dtype, (), ())
+
+
+def _full(spec: TensorSpec, dtype: torch.dtype) -> Entry:
+    """An entry of the parameter's shape."""
+    return Entry(spec.whole, dtype, spec.shape, _split_of(spec))
+
+
+def _matrices(spec: TensorSpec, dtype: torch.dtype) -> Entry:
+    """An entry of the parameter's shape, or of the matrix that it is reshaped to."""
+    if spec.view is None or spec.view.permutation is not None:
+        return _full(spec, dtype)
+    return Entry(spec.view.matrices, dtype, spec.view.matrices, ((), ()))
+
+
+def _factor(spec: TensorSpec, name: str, dtype: torch.dtype, keepdim: bool) -> Entry:
+    """Row or column second moments, in the shape in which the peer keeps them."""
+    assert spec.view is not None
+    assert spec.whole_view is not None
+    if spec.view.permutation is None:
+        shape = _without(spec.view.matrices, -1 if name == "row_var" else -2, 1, keepdim)
+        return Entry(shape, dtype, shape, ((),) * len(shape))
+    reduced = _reduced(spec.view, name)
+    return Entry(
+        _without(spec.whole, reduced, 1, keepdim),
+        dtype,
+        _without(spec.shape, reduced, 1, keepdim),
+        _without(_split_of(spec), reduced, (), keepdim),
+    )
+
+
+def _split_of(spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+    return ((),) * len(spec.shape) if spec.shard is None else spec.shard.split
+
+
+def _reduced(view: MatrixView, name: str) -> int:
+    """Dimension of the parameter, or of the matrix that it is reshaped to, that a factor lacks."""
+    place = -1 if name == "row_var" else -2
+    return place if view.permutation is None else view.permutation[place]
+
+
+def _without(of: Sequence[_T], dim: int, there: _T, keepdim: bool) -> tuple[_T, ...]:
+    """What belongs to each dimension, with something else at one of them, or nothing."""
+    kept = list(of)
+    if keepdim:
+        kept[dim] = there
+    else:
+        del kept[dim]
+    return tuple(kept)
 
 
 def init_state(
@@ -104,8 +167,19 @@ def init_state(
     layout: StateLayout,
     param: Tensor,
     step_device: torch.device,
+    join: Callable[[Tensor, Entry], Tensor],
 ) -> None:
-    """Add every missing entry of a tensor to its state: zeros, the EMA as the weights are."""
+    """Add every missing entry of a tensor to its state: zeros, the EMA as the weights are.
+
+    Args:
+        state: By the peer's keys.
+        spec: The tensor.
+        rule: Its rule.
+        layout: The dialect's layout.
+        param: The parameter, or the part of it that this process has.
+        step_device: For its step counter.
+        join: Makes an entry of what this process has of it.
+    """
     for name, entry in entries_of(spec, rule, layout).items():
         key = layout.key(name)
         if key in state:
@@ -117,11 +191,12 @@ def init_state(
             canonical = torch.zeros(
                 _canonical_shape(spec.view, name), dtype=entry.dtype, device=spec.device
             )
-            state[key] = _from_canonical(canonical, spec.view, name, layout.keepdim)
+            state[key] = join(_from_canonical(canonical, spec.view, name, layout.keepdim), entry)
         else:
-            state[key] = _empty(spec, entry).zero_()
+            value = _empty(spec, entry).zero_()
             if name == "average":
-                state[key].copy_(param)
+                value.copy_(param)
+            state[key] = join(value, entry)
 
 
 def check_state(
@@ -190,16 +265,20 @@ def canonical(
     """The entry as backends use it: factors as [..., n] or [..., m], all else as it is stored."""
     key: str | None = getattr(layout, name)
     value = None if key is None else state.get(key)
-    if value is None or name not in ("row_var", "col_var") or spec.view is None:
+    if value is None:
+        return None
+    value = local_of(value)
+    if name not in ("row_var", "col_var") or spec.view is None:
         return value
     return _to_canonical(value, spec.view, name, layout.keepdim)
 
 
-def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLayout) -> Any:
+def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLayout) -> Tensor:
     """A copy of a loaded entry with the dtype, device and memory layout that the step wants.
 
     Args:
-        value: A tensor, or a number where a peer keeps its step or RMS as one.
+        value: A tensor, or a number where a peer keeps its step or RMS as one; of a distributed
+            parameter, what this process has of it.
         name: Glossary name of the entry.
         entry: Shape and dtype wanted; a shape that differs is left for ``check_state`` to name.
         spec: The tensor it belongs to.
@@ -209,42 +288,27 @@ def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLa
     if (
         name in ("row_var", "col_var")
         and spec.view is not None
-        and tuple(tensor.shape) == entry.shape
+        and tuple(tensor.shape) == entry.part
     ):
         compact = _to_canonical(tensor, spec.view, name, layout.keepdim)
         compact = compact.to(spec.device, entry.dtype, copy=True).contiguous()
         return _from_canonical(compact, spec.view, name, layout.keepdim)
-    if tuple(tensor.shape) != entry.shape or not entry.shape:
+    if tuple(tensor.shape) != entry.part or not entry.part:
         return tensor.detach().to(spec.device, entry.dtype, copy=True)
     return _empty(spec, entry).copy_(tensor.detach())
 
 
 def _empty(spec: TensorSpec, entry: Entry) -> Tensor:
     """Memory for an entry; one of the parameter's shape is laid out as the spec says."""
-    if entry.shape == spec.shape:
+    if entry.part == spec.shape:
         return torch.empty_strided(
             spec.shape, spec.state_strides, dtype=entry.dtype, device=spec.device
         )
-    return torch.empty(entry.shape, dtype=entry.dtype, device=spec.device)
+    return torch.empty(entry.part, dtype=entry.dtype, device=spec.device)
 
 
 def _canonical_shape(view: MatrixView, name: str) -> tuple[int, ...]:
     return view.row_shape if name == "row_var" else view.col_shape
-
-
-def _factor_shape(view: MatrixView, name: str, keepdim: bool) -> tuple[int, ...]:
-    """Shape in which the peer keeps a factor."""
-    reduced = -1 if name == "row_var" else -2
-    if view.permutation is None:
-        shape = list(view.matrices)
-    else:
-        shape = list(view.shape)
-        reduced = view.permutation[reduced]
-    if keepdim:
-        shape[reduced] = 1
-    else:
-        del shape[reduced]
-    return tuple(shape)
 
 
 def _from_canonical(factor: Tensor, view: MatrixView, name: str, keepdim: bool) -> Tensor:

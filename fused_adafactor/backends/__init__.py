@@ -97,12 +97,13 @@ def availability() -> dict[str, str | None]:
     return {**dict.fromkeys(NAMES), **_MISSING, **{n: _native(n).missing() for n in _NATIVE}}
 
 
-def choose(request: str, device: torch.device) -> Facts:
+def choose(request: str, device: torch.device, distributed: bool = False) -> Facts:
     """Choose the backend for tensors on a device.
 
     Args:
         request: From ``parse_request``. A named backend is used or refused, never replaced.
         device: Where the tensors are.
+        distributed: Whether they are parts of distributed ones.
 
     Raises:
         RuntimeError: The named backend cannot run, or native code was asked for by one of its
@@ -112,6 +113,9 @@ def choose(request: str, device: torch.device) -> Facts:
     for name in _NATIVE:
         if reasons[name] is None and not _native(name).steps_on(device):
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
+    if distributed:
+        for name in _NATIVE:
+            reasons[name] = f"the {name} backend does not step distributed tensors in this version"
     if request == "auto":
         return _choose_auto(device, reasons)
     missing = reasons[request]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Binding, Exchange
+from fused_adafactor.binding import Binding, Exchange, PartialSum
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
@@ -33,6 +33,8 @@ class _Partials:
     col_sq: Tensor | None = None  # [..., m]  Σ_i g²
     param_sq: Tensor | None = None  # 0-d  Σ p²
     col_weighted: Tensor | None = None  # [..., m]  Σ_i num² / row_var_i, two sweeps only
+    row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i before this step, rows distributed
+    row_sq_sum: Tensor | None = None  # [...]  Σ_ij g², rows distributed
     update_sq: Tensor | None = None  # 0-d  Σ u², once known
     row_var: Tensor | None = None  # [..., n]  new row second moment, not yet stored
     col_var: Tensor | None = None  # [..., m]  new column second moment, not yet stored
@@ -49,8 +51,7 @@ class _Work(Binding):
         grad_sq: Set by ``stats``: Σ g² before any clipping, 0-d.
         param_rms: Set by ``finalize``: RMS(p), 0-d, if the rule needs it.
         alpha: Set by ``finalize``: the absolute step size alpha_t.
-        update_rms: Set by ``finalize`` or ``update_rms``: RMS(u) before clipping, 0-d, if the rule
-            clips.
+        update_rms: Set by ``apply``: RMS(u) before clipping, 0-d, if the rule clips.
         partials: Partial sums.
     """
 
@@ -77,8 +78,12 @@ class _Executor:
         for phase in phases:
             for b in work:
                 _PHASES[phase](b)
-        if Phase.APPLY not in phases:
+        if Phase.STATS in phases and Phase.APPLY not in phases:
             exchange.grad_sq = torch.stack([b.grad_sq for b in work if b.grad_sq is not None])
+            for b, grad_sq in zip(work, exchange.grad_sq, strict=True):
+                b.grad_sq = grad_sq
+        if Phase.APPLY not in phases:
+            exchange.sums = [_sums(b, phases) for b in work]
             return
         self.outcomes = [(b.param_rms, b.update_rms, b.alpha) for b in work]
         if exchange.wants_param_rms:
@@ -112,6 +117,33 @@ class _Executor:
         return [_Work(**vars(binding), grad=grad) for binding, grad in pairs]
 
 
+def _sums(b: _Work, phases: Sequence[Phase]) -> list[PartialSum]:
+    """What of a distributed tensor is to be summed up over processes once phases are over."""
+    spec, partials = b.planned.spec, _partials(b)
+    if spec.shard is None:
+        return []
+    rows, cols, every = spec.rows_over, spec.cols_over, spec.shard.over
+    if Phase.STATS not in phases:
+        if b.planned.sweeps == 2 and (partials.col_weighted is None or set(every) == set(rows)):
+            return []  # Σu², or what it followed from, has been summed up
+        if partials.col_weighted is not None and partials.update_sq is not None:
+            # What followed from sums over all rows is that of all rows: one process says it.
+            partials.update_sq = partials.update_sq * spec.has_first_row
+        found = [(partials.update_sq, every)]
+    else:
+        found = [
+            (partials.row_sq, cols),
+            (partials.col_sq, rows),
+            (partials.col_weighted, rows),
+            (partials.row_var_sum, rows),
+            (partials.row_sq_sum, tuple(sorted((*rows, *cols)))),
+            (partials.param_sq, every),
+            (b.grad_sq, every),
+            (partials.update_sq, every),
+        ]
+    return [PartialSum(tensor, over) for tensor, over in found if tensor is not None]
+
+
 def _tell(work: Sequence[_Work], exchange: Exchange) -> None:
     """Give every tensor its part of what the engine has found out."""
     for number, b in enumerate(work):
@@ -134,6 +166,7 @@ def stats(b: _Work) -> None:
 
     With two sweeps also Σ_i num²/row_var_i: row_var_i is final as soon as row i has been read.
     """
+    spec = b.planned.spec
     partials = b.partials = _Partials()
     grad = _read_grad(b)
     grad_sq = grad.square()
@@ -147,8 +180,15 @@ def stats(b: _Work) -> None:
     if b.row_var is not None:
         partials.row_sq = grad_sq.sum(dim=-1)
         partials.col_sq = grad_sq.sum(dim=-2)
+        if spec.rows_over:
+            partials.row_var_sum = _read(b, b.row_var).sum(dim=-1)
+            partials.row_sq_sum = partials.row_sq.sum(dim=-1)
     if b.planned.sweeps == 2 and b.rule.clip_threshold is not None:
         if b.row_var is None:
+            partials.update_sq = _update(b).square().sum()
+        elif spec.shard is not None and not spec.rows_over:
+            # Whole matrices, though not all of them: each gives its share of Σu² at once.
+            _set_factors(b)
             partials.update_sq = _update(b).square().sum()
         else:
             row_var = _new_factor(b, b.row_var, partials.row_sq, -1)
@@ -159,9 +199,7 @@ def stats(b: _Work) -> None:
 def finalize(b: _Work) -> None:
     """New row and column second moments, the step size, and Σu² where the first sweep gave it."""
     partials = _partials(b)
-    if b.row_var is not None and b.col_var is not None:
-        partials.row_var = _new_factor(b, b.row_var, partials.row_sq, -1)
-        partials.col_var = _new_factor(b, b.col_var, partials.col_sq, -2)
+    _set_factors(b)
     if partials.col_weighted is not None:
         # The two-sweep identity: v_ij = row_var_i col_var_j / norm, so that
         # Σ_ij num_ij² / v_ij = norm Σ_j (1 / col_var_j) Σ_i num_ij² / row_var_i,
@@ -170,18 +208,17 @@ def finalize(b: _Work) -> None:
         by_col = partials.col_weighted / partials.col_var
         partials.update_sq = (_norm(b) * by_col.unsqueeze(-2)).sum()
     b.alpha = _alpha(b)
-    _set_update_rms(b)
 
 
 def update_rms(b: _Work) -> None:
     """Σu² by a sweep of its own."""
     if b.planned.sweeps == 3:
         _partials(b).update_sq = _update(b).square().sum()
-        _set_update_rms(b)
 
 
 def apply(b: _Work) -> None:
     """Write the parameter, p ← decay p - delta, and every state entry."""
+    _set_update_rms(b)
     delta = _update(b) / _clip_factor(b)
     exp_avg = _new_exp_avg_of_update(b, delta)
     if b.rule.momentum is None or b.rule.momentum.site is MomentumSite.GRAD:
@@ -300,14 +337,28 @@ def _new_factor(b: _Work, old: Tensor, sums: Tensor | None, reduced: int) -> Ten
     """
     spec = b.planned.spec
     assert sums is not None
-    assert spec.view is not None
-    count = spec.view.matrices[reduced]
+    assert spec.whole_view is not None
+    count = spec.whole_view.matrices[reduced]
+    return _read(b, _new_moment(b, old, _mean_or_sum(b, sums, count)))
+
+
+def _mean_or_sum(b: _Work, sums: Tensor, count: int, of: int = 1) -> Tensor:
+    """What enters a second moment: the mean of ``count`` g², or their sum, with eps1 added.
+
+    ``sums`` may be that of several, ``of``, such moments.
+    """
     if b.grad_factor is not None:
         sums = sums * b.grad_factor.square()
     if b.rule.eps1_rule is Eps1Rule.ADD:
-        sums = sums + count * _eps1(b)
-    value = sums if b.rule.sums else sums / count
-    return _read(b, _new_moment(b, old, value))
+        sums = sums + of * count * _eps1(b)
+    return sums if b.rule.sums else sums / count
+
+
+def _set_factors(b: _Work) -> None:
+    partials = _partials(b)
+    if b.row_var is not None and b.col_var is not None:
+        partials.row_var = _new_factor(b, b.row_var, partials.row_sq, -1)
+        partials.col_var = _new_factor(b, b.col_var, partials.col_sq, -2)
 
 
 def _new_moment(b: _Work, old: Tensor, value: Tensor) -> Tensor:
@@ -317,9 +368,16 @@ def _new_moment(b: _Work, old: Tensor, value: Tensor) -> Tensor:
 
 def _norm(b: _Work) -> Tensor:
     """The norm of v_ij = row_var_i col_var_j / norm, [..., 1, 1]: mean(row_var), or its sum."""
-    row_var = _partials(b).row_var
-    assert row_var is not None
-    norm = row_var.sum(dim=-1) if b.rule.sums else row_var.mean(dim=-1)
+    partials, view = _partials(b), b.planned.spec.whole_view
+    assert partials.row_var is not None
+    assert view is not None
+    if partials.row_var_sum is None or partials.row_sq_sum is None:
+        total = partials.row_var.sum(dim=-1)
+    else:
+        # Rows are elsewhere too, but their sum follows from sums that the first sweep took.
+        new = _mean_or_sum(b, partials.row_sq_sum, view.cols, of=view.rows)
+        total = b.scalars.beta2 * partials.row_var_sum + (1 - b.scalars.beta2) * new
+    norm = total if b.rule.sums else total / view.rows
     if b.rule.eps1_rule is Eps1Rule.CLAMP:
         norm = norm.clamp(min=_eps1(b))
     return norm[..., None, None]
@@ -372,7 +430,7 @@ def _update(b: _Work) -> Tensor:
 def _set_update_rms(b: _Work) -> None:
     update_sq = _partials(b).update_sq
     if update_sq is not None:
-        b.update_rms = (update_sq / b.planned.spec.numel).sqrt()
+        b.update_rms = (update_sq / b.planned.spec.whole_numel).sqrt()
 
 
 def _clip_factor(b: _Work) -> Number:
@@ -387,7 +445,7 @@ def _alpha(b: _Work) -> Number:
     """alpha_t = max(eps2, RMS(p)) rho_t; sets RMS(p) too."""
     param_sq = _partials(b).param_sq
     if param_sq is not None:
-        b.param_rms = (param_sq / b.planned.spec.numel).sqrt()
+        b.param_rms = (param_sq / b.planned.spec.whole_numel).sqrt()
     if b.rule.eps2 is None:
         return b.scalars.rho
     scale = b.param_rms
@@ -444,10 +502,21 @@ def _write_param(b: _Work, delta: Tensor) -> None:
         rounded, compensation = round_kahan(value, spec.param_dtype)
         _write(b, b.compensation, compensation)
     elif b.rule.rounding is Rounding.STOCHASTIC and b.rounding_key is not None:
-        rounded = round_stochastic(value, spec.param_dtype, b.rounding_key)
+        elements = None if spec.shard is None else _elements(spec, value.device)
+        rounded = round_stochastic(value, spec.param_dtype, b.rounding_key, elements)
     else:
         rounded = round_nearest(value, spec.param_dtype)
     _write(b, b.param, rounded)
+
+
+def _elements(spec: TensorSpec, device: torch.device) -> Tensor:
+    """Row-major index in the whole parameter of each element of a part of it."""
+    assert spec.shard is not None
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for size, offset, whole in zip(spec.shape, spec.shard.offset, spec.whole, strict=True):
+        along = torch.arange(offset, offset + size, device=device)
+        index = index.unsqueeze(-1) * whole + along
+    return index
 
 
 def _partials(b: _Work) -> _Partials:

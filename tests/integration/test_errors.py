@@ -92,9 +92,9 @@ def other_shape(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     param.data = torch.ones(5, 6)
 
 
-def distributed(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
+def distributed_gradient(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     # As a DTensor has it: by its class.
-    param.__class__ = type("Distributed", (type(param),), {"placements": ()})
+    param.grad.__class__ = type("Distributed", (Tensor,), {"placements": ()})
 
 
 FAULTS: dict[Fault, tuple[type[Exception], str]] = {
@@ -107,7 +107,7 @@ FAULTS: dict[Fault, tuple[type[Exception], str]] = {
     integer_parameter: (TypeError, "int8"),
     float8_parameter: (TypeError, "float8_e4m3fn"),
     other_shape: (ValueError, r"shape \(5, 6\) but its gradient has shape \(6, 5\)"),
-    distributed: (TypeError, "DTensor"),
+    distributed_gradient: (TypeError, "DTensor"),
 }
 EVERY_FAULT = pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 

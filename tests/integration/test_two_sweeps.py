@@ -80,7 +80,7 @@ def two_sweeps(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     def use(two_sweep: bool) -> None:
         facts = Facts("reference", two_sweep=two_sweep, why="by this test")
-        monkeypatch.setattr(backends, "choose", lambda request, device: facts)
+        monkeypatch.setattr(backends, "choose", lambda *_: facts)
 
     return use
 

@@ -1,0 +1,205 @@
+"""Parameters that are distributed over processes: which part is here, and sums over all parts.
+
+The only file that knows torch.distributed. What is summed up, and over which processes, follows
+from the specs alone, which are the same on all processes but for the parts themselves; so all of
+them take part in the same all-reduces, in the same order, with as many numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from fused_adafactor.binding import PartialSum
+from fused_adafactor.rule import Rule
+from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of
+from fused_adafactor.state import Entry
+
+
+def shard_of(id: TensorId, param: Tensor) -> Shard | None:
+    """Which part of a parameter this process has; None if it is not distributed.
+
+    Raises:
+        TypeError: It is distributed in a way that has no parts: sums that are still to be taken.
+        RuntimeError: The part is not where its placements say.
+    """
+    if not hasattr(param, "placements"):
+        return None
+    tensor = cast(Any, param)
+    mesh, whole = tensor.device_mesh, tuple(param.shape)
+    split: list[list[int]] = [[] for _ in whole]
+    strided: list[list[int]] = [[] for _ in whole]
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_partial():
+            raise TypeError(
+                f"{id} is a DTensor with placement {placement}, a sum that is still to be taken; "
+                "redistribute it to Shard or Replicate before it becomes a parameter"
+            )
+        dim = getattr(placement, "dim", None)
+        if dim is not None and mesh.size(axis) > 1:
+            # FSDP2 over tensor parallelism: what the later dimension of the mesh has left of the
+            # parameter is split by the earlier one.
+            parts = strided if type(placement).__name__ == "_StridedShard" else split
+            parts[dim].append(axis)
+    over = [(*plain, *later) for plain, later in zip(split, strided, strict=True)]
+    blocks = [_block(size, axes, mesh) for size, axes in zip(whole, over, strict=True)]
+    here = tuple(end - begin for begin, end in blocks)
+    found = tuple(tensor.to_local().shape)
+    if here != found:
+        raise RuntimeError(
+            f"{id} is a DTensor of shape {whole} with placements {tensor.placements}; expected a "
+            f"local tensor of shape {here}, got {found}. Distribute it with distribute_tensor, "
+            "fully_shard or parallelize_module"
+        )
+    return Shard(
+        whole=whole,
+        offset=tuple(begin for begin, _ in blocks),
+        split=tuple(tuple(sorted(axes)) for axes in over),
+        mesh=mesh,
+    )
+
+
+def described(id: TensorId, param: Tensor, rule: Rule) -> TensorSpec:
+    """What this process has of a parameter and its gradient, checked; see ``spec_of``.
+
+    A parameter without a gradient stands for one.
+
+    Raises:
+        TypeError: Also where a gradient is not distributed as its parameter is, and for parameters
+            of which there are no parts; see ``shard_of``.
+    """
+    shard, part = shard_of(id, param), local_of(param)
+    if param.grad is None:
+        return spec_of(id, part, part, rule, shard)
+    _check_grad(id, param, param.grad)
+    return spec_of(id, part, local_of(param.grad), rule, shard)
+
+
+def _check_grad(id: TensorId, param: Tensor, grad: Tensor) -> None:
+    theirs, ours = getattr(grad, "placements", None), getattr(param, "placements", None)
+    if (theirs is None) != (ours is None):
+        raise TypeError(
+            f"{id} is {'not ' if ours is None else ''}a distributed tensor (DTensor), but its "
+            f"gradient is{'' if ours is None else ' not'}; distribute both, or neither"
+        )
+    if ours is not None and theirs is not None and tuple(theirs) != tuple(ours):
+        raise TypeError(
+            f"the gradient of {id} has placements {tuple(theirs)} but the parameter {tuple(ours)}; "
+            "grad.redistribute(placements=param.placements) before step()"
+        )
+
+
+def joiner(param: Tensor) -> Callable[[Tensor, Entry], Tensor]:
+    """What makes a state entry of a parameter of what this process has of it."""
+    if not hasattr(param, "placements"):
+        return _alone
+    return partial(_join, cast(Any, param))
+
+
+def _alone(part: Tensor, entry: Entry) -> Tensor:
+    return part
+
+
+def _join(param: Any, part: Tensor, entry: Entry) -> Tensor:
+    """A part as a DTensor; one that no dimension of is split is the same on all processes."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not entry.shape:
+        return part
+    mesh = param.device_mesh
+    placements: list[Any] = [Replicate() for _ in range(mesh.ndim)]
+    for dim, axes in enumerate(entry.split):
+        for axis in axes:
+            placements[axis] = _moved(param.placements[axis], dim, Shard)
+    whole = torch.empty(entry.shape, device="meta")
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _moved(placement: Any, dim: int, plain: Any) -> Any:
+    """The same way of splitting, of another dimension."""
+    if type(placement) is plain:
+        return plain(dim)
+    return type(placement)(dim, split_factor=placement.split_factor)
+
+
+def part_of(value: Tensor, entry: Entry, spec: TensorSpec) -> Tensor:
+    """What this process has of a loaded entry that is whole."""
+    if spec.shard is None or tuple(value.shape) != entry.shape:
+        return value
+    for dim, axes in enumerate(entry.split):
+        if axes:
+            begin, end = _block(entry.shape[dim], axes, spec.shard.mesh)
+            value = value.narrow(dim, begin, end - begin)
+    return value
+
+
+class Processes:
+    """Sums over processes; keeps the groups that it has made of them."""
+
+    def __init__(self) -> None:
+        """Start without any: groups are made by all processes together, in a step."""
+        self._groups: dict[tuple[Hashable, tuple[int, ...]], torch.distributed.ProcessGroup] = {}
+
+    def sum(self, specs: Sequence[TensorSpec], sums: Sequence[Sequence[PartialSum]]) -> None:
+        """Take sums, in place: one all-reduce for each group of processes.
+
+        Args:
+            specs: The tensors.
+            sums: Of each; the same ones on all processes.
+        """
+        by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
+        for spec, mine in zip(specs, sums, strict=True):
+            for tensor, over in mine:
+                if spec.shard is not None and over:
+                    by_group.setdefault((spec.shard.mesh, over), []).append(tensor)
+        for (mesh, over), tensors in by_group.items():
+            _all_reduce(tensors, mesh, self._group(mesh, over))
+
+    def _group(self, mesh: Any, over: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+        """The processes that share with this one what is split over dimensions of a mesh."""
+        if len(over) == 1:
+            return cast(torch.distributed.ProcessGroup, mesh.get_group(over[0]))
+        if (mesh, over) not in self._groups:
+            # Not mesh._flatten(), which DTensor would find and gather uneven parts wrongly with.
+            place = mesh.get_coordinate()
+            at = tuple(slice(None) if axis in over else place[axis] for axis in range(mesh.ndim))
+            ranks = mesh.mesh[at].flatten().tolist()
+            self._groups[mesh, over] = torch.distributed.new_group(
+                ranks, use_local_synchronization=True
+            )
+        return self._groups[mesh, over]
+
+
+def _all_reduce(
+    tensors: Sequence[Tensor], mesh: Any, group: torch.distributed.ProcessGroup
+) -> None:
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    # On the mesh's device, which a parameter that is kept on the CPU is not on.
+    flat = torch.cat([t.reshape(-1).to(mesh.device_type, dtype) for t in tensors])
+    torch.distributed.all_reduce(flat, group=group)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def _block(size: int, axes: Iterable[int], mesh: Any) -> tuple[int, int]:
+    """Where the part of a dimension begins and ends that this process has.
+
+    Each dimension of the mesh divides what the ones before it have left, as torch.chunk does.
+    """
+    begin, end = 0, size
+    for axis in axes:
+        coordinate = mesh.get_local_rank(axis)
+        chunk = -(-(end - begin) // mesh.size(axis))
+        begin, end = (
+            min(begin + coordinate * chunk, end),
+            min(begin + (coordinate + 1) * chunk, end),
+        )
+    return begin, end

@@ -1,0 +1,106 @@
+"""Threads that stand for processes, and parameters that are distributed over them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.testing._internal.common_distributed import MultiThreadedTestCase
+
+from tests.stepping import assert_close, params_of
+
+WORLD = 4
+
+# Which mesh, and how each of its dimensions splits a parameter.
+PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
+    "rows": ((4,), (Shard(0),)),
+    "second": ((4,), (Shard(1),)),
+    "third": ((4,), (Shard(2),)),
+    "replicated": ((4,), (Replicate(),)),
+    "hsdp": ((2, 2), (Replicate(), Shard(0))),
+    "rows_twice": ((2, 2), (Shard(0), Shard(0))),
+    "rows_and_columns": ((2, 2), (Shard(0), Shard(1))),
+    "columns_and_rows": ((2, 2), (Shard(1), Shard(0))),
+    "columns_of_some": ((2, 2), (Shard(1), Replicate())),
+    "one_process_a_row": ((1, 4), (Shard(0), Shard(1))),
+}
+
+
+class Ranks(MultiThreadedTestCase):
+    """A test whose body runs in each of four threads, as in a process."""
+
+    @property
+    def world_size(self) -> int:
+        return WORLD
+
+    def runTest(self) -> None:
+        """What unittest asks for; the body is given to ``on_every_rank``."""
+
+
+def on_every_rank(body: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in four threads that stand for processes; all must pass."""
+
+    @functools.wraps(body)
+    def test(*args: Any, **kwargs: Any) -> None:
+        class Case(Ranks):
+            def runTest(self) -> None:
+                body(*args, **kwargs)
+
+        case = Case("runTest")
+        case.setUp()
+        try:
+            case._spawn_threads()
+            case.runTest()
+        finally:
+            case.tearDown()
+
+    return test
+
+
+def mesh_of(sizes: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("one", "two")[: len(sizes)])
+
+
+def fitting(shapes: Sequence[tuple[int, ...]], placements: Sequence[Placement]) -> list[Any]:
+    """Shapes that have the dimensions that are split."""
+    dims = [getattr(placement, "dim", -1) for placement in placements]
+    return [shape for shape in shapes if len(shape) > max(dims)]
+
+
+def distribute(
+    values: Sequence[Tensor], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> list[DTensor]:
+    """The same values on all processes, each with its part of them."""
+    return [distribute_tensor(v.detach().clone(), mesh, placements) for v in values]
+
+
+def assert_close_parts(
+    distributed: torch.optim.Optimizer, whole: torch.optim.Optimizer, tolerance: float
+) -> None:
+    """This process' parts of parameters and state against those of a single process."""
+    for p, q in zip(params_of(distributed), params_of(whole), strict=True):
+        what = f"of shape {tuple(q.shape)}, {p.placements}"
+        assert_close_part(p, q, tolerance, f"parameter {what}")
+        assert list(distributed.state[p]) == list(whole.state[q])
+        for key, value in whole.state[q].items():
+            mine = distributed.state[p][key]
+            if isinstance(mine, DTensor):
+                assert_close_part(mine, value, tolerance, f"{key} {what}")
+            else:  # one number
+                wanted = torch.as_tensor(value)
+                assert_close(torch.as_tensor(mine), wanted, tolerance, f"{key} {what}")
+
+
+def assert_close_part(mine: DTensor, whole: Tensor, tolerance: float, what: str) -> None:
+    """By torch's own way of splitting; relative to the largest element of all parts."""
+    assert mine.shape == whole.shape, what
+    wanted = distribute_tensor(whole.detach().clone(), mine.device_mesh, mine.placements)
+    part, wanted_part = mine.detach().to_local().double(), wanted.to_local().double()
+    assert part.shape == wanted_part.shape, what
+    size = whole.detach().abs().max().double()
+    assert ((part - wanted_part).abs() <= tolerance * size).all(), what

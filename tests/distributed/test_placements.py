@@ -1,0 +1,241 @@
+"""Distributed parameters, however they are split, against a single process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from fused_adafactor import sharding
+from tests import stepping
+from tests.dialects import (
+    ADAFACTOR_PYTORCH,
+    BIG_VISION,
+    DIALECTS,
+    HF,
+    KERAS,
+    KERAS_EXTRAS,
+    OPTAX,
+    TORCH,
+    Dialect,
+)
+from tests.distributed.ranks import (
+    PLACEMENTS,
+    assert_close_parts,
+    distribute,
+    fitting,
+    mesh_of,
+    on_every_rank,
+)
+
+# Uneven parts, empty ones, stacks, a vector and a matrix that fewer processes have rows of.
+SHAPES = [(13, 7), (5,), (4, 6, 5), (3,), (2, 9), (6, 3, 3, 2), (1, 4)]
+EVERY_PLACEMENT = pytest.mark.parametrize("placement", PLACEMENTS)
+
+
+def pair(
+    dialect: Dialect, placement: str, dtype: torch.dtype, **kwargs: Any
+) -> tuple[Any, Any, Any]:
+    """A single process' optimizer, a distributed one, and what gives both their gradients."""
+    sizes, placements = PLACEMENTS[placement]
+    mesh = mesh_of(sizes)
+    shapes = fitting(SHAPES, placements)
+    if dialect is ADAFACTOR_PYTORCH:  # what it reshapes has no parts
+        shapes = [shape for shape in shapes if len(shape) <= 2]
+        kwargs = kwargs if shapes else {"enable_factorization": False, **kwargs}
+        shapes = shapes or fitting(SHAPES, placements)
+    params = stepping.make_params(shapes, dtype)
+    if dialect is TORCH:
+        kwargs.setdefault("eps", (1e-6, 1e-3))
+    whole = dialect(params, backend="reference", **kwargs)
+    parts = [torch.nn.Parameter(p) for p in distribute(params, mesh, placements)]
+    distributed = dialect(parts, **kwargs)
+
+    def give(step: int, scale: float = 1.0) -> None:
+        grads = stepping.grad_values(params, step, scale)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        for p, g in zip(parts, distribute(grads, mesh, placements), strict=True):
+            p.grad = g
+
+    return whole, distributed, give
+
+
+def step_both(whole: Any, distributed: Any, give: Any, steps: int = 4) -> None:
+    for step in range(steps):
+        give(step)
+        whole.step()
+        distributed.step()
+
+
+@EVERY_PLACEMENT
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@on_every_rank
+def test_every_variant_is_that_of_a_single_process(dialect: Dialect, placement: str) -> None:
+    for variant in dialect.variants.values():
+        whole, distributed, give = pair(dialect, placement, torch.float64, **variant)
+        step_both(whole, distributed, give)
+        assert_close_parts(distributed, whole, 1e-12)
+
+
+@EVERY_PLACEMENT
+@on_every_rank
+def test_float32_agrees_over_many_steps(placement: str) -> None:
+    for dialect in DIALECTS:
+        whole, distributed, give = pair(dialect, placement, torch.float32)
+        step_both(whole, distributed, give, steps=8)
+        assert_close_parts(distributed, whole, 3e-6)
+
+
+@EVERY_PLACEMENT
+@pytest.mark.parametrize(
+    "extras",
+    [
+        *({"max_grad_norm": norm} for norm in (0.5, 1e6)),
+        {"nonfinite": "skip"},
+        {"capturable": True},
+        *KERAS_EXTRAS.values(),
+    ],
+    ids=str,
+)
+@on_every_rank
+def test_extras_are_those_of_a_single_process(placement: str, extras: dict[str, Any]) -> None:
+    for dialect in (HF, KERAS):
+        whole, distributed, give = pair(dialect, placement, torch.float64, **extras)
+        step_both(whole, distributed, give)
+        assert_close_parts(distributed, whole, 1e-12)
+        stepping.assert_close_metrics(distributed.metrics(), whole.metrics(), 1e-12)
+        if whole.grad_norm is not None:
+            torch.testing.assert_close(distributed.grad_norm, whole.grad_norm, rtol=1e-12, atol=0)
+
+
+@EVERY_PLACEMENT
+@on_every_rank
+def test_a_gradient_that_is_not_finite_is_skipped_by_all(placement: str) -> None:
+    """The NaN is in the part of one process; all skip that tensor, and the others step."""
+    whole, distributed, give = pair(HF, placement, torch.float64, nonfinite="skip")
+    step_both(whole, distributed, give, steps=2)
+    give(2)
+    first, part = (stepping.params_of(optimizer)[0] for optimizer in (whole, distributed))
+    first.grad.view(-1)[0] = torch.nan
+    part.grad = distribute_tensor(first.grad.clone(), part.device_mesh, part.placements)
+    before = first.detach().clone()
+    whole.step()
+    distributed.step()
+    assert torch.equal(first, before)
+    assert_close_parts(distributed, whole, 1e-12)
+
+
+@EVERY_PLACEMENT
+@on_every_rank
+def test_stochastic_rounding_has_the_bits_of_a_single_process(placement: str) -> None:
+    """Keyed by the element's place in the whole; the update is computed alike, near enough."""
+    whole, distributed, give = pair(HF, placement, torch.bfloat16, rounding="stochastic", seed=3)
+    give(0)
+    whole.step()
+    distributed.step()
+    for p, q in zip(*map(stepping.params_of, (distributed, whole)), strict=True):
+        wanted = distribute_tensor(q.detach(), p.device_mesh, p.placements).to_local()
+        different = (p.detach().to_local() != wanted).sum()
+        assert different <= 0.02 * q.numel(), tuple(q.shape)
+
+
+# --- how many messages ---------------------------------------------------------------------------
+
+# A vector is split where its only dimension is, a stack of matrices at its first.
+MOST = {"replicated": 0, "second": 2, "columns_of_some": 2, "one_process_a_row": 2}
+MOST |= {"third": 2, "rows_and_columns": 4, "columns_and_rows": 4}
+
+
+@EVERY_PLACEMENT
+@on_every_rank
+def test_messages_do_not_grow_with_the_number_of_parameters(placement: str) -> None:
+    """One all-reduce where rows are split, two for columns, four for both, none for copies."""
+    for dialect in (HF, KERAS, ADAFACTOR_PYTORCH, OPTAX, BIG_VISION):
+        _, distributed, give = pair(dialect, placement, torch.float32)
+        for step in range(2):
+            give(step)
+            with counted() as calls:
+                distributed.step()
+        # To optax and big_vision the largest dimension is that of columns.
+        one = 2 if dialect in (OPTAX, BIG_VISION) else 1
+        assert len(calls) <= MOST.get(placement, one), dialect
+
+
+@pytest.mark.parametrize(
+    ("dialect", "variant"), [(TORCH, "defaults"), (ADAFACTOR_PYTORCH, "amsgrad")], ids=str
+)
+@on_every_rank
+def test_what_acts_on_elements_needs_one_message_more(dialect: Dialect, variant: str) -> None:
+    _, distributed, give = pair(dialect, "rows", torch.float32, **dialect.variants[variant])
+    give(0)
+    with counted() as calls:
+        distributed.step()
+    assert len(calls) == 2
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many numbers each all-reduce of this thread takes."""
+    calls: list[int] = []
+    original, rank = sharding._all_reduce, torch.distributed.get_rank()
+
+    def count(tensors: Any, *args: Any) -> None:
+        if torch.distributed.get_rank() == rank:
+            calls.append(sum(tensor.numel() for tensor in tensors))
+        original(tensors, *args)
+
+    with mock.patch.object(sharding, "_all_reduce", count):
+        yield calls
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@on_every_rank
+def test_sums_that_are_still_to_be_taken_are_refused() -> None:
+    mesh = mesh_of((4,))
+    partial = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    optimizer = HF([torch.nn.Parameter(partial)])
+    param = stepping.params_of(optimizer)[0]
+    param.grad = distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])
+    with pytest.raises(TypeError, match="redistribute it"):
+        optimizer.step()
+
+
+@on_every_rank
+def test_a_gradient_that_is_distributed_in_another_way_is_refused() -> None:
+    mesh = mesh_of((4,))
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = HF([param])
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)])
+    with pytest.raises(TypeError, match="placements"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@on_every_rank
+def test_a_native_backend_that_is_asked_for_says_that_it_cannot() -> None:
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh_of((4,)), [Shard(0)]))
+    optimizer = HF([param], backend="cpp")
+    param.grad = distribute_tensor(torch.ones(4, 4), param.device_mesh, [Shard(0)])
+    with pytest.raises(RuntimeError, match="distributed tensors"):
+        optimizer.step()
+
+
+@on_every_rank
+def test_what_is_reshaped_has_no_parts() -> None:
+    mesh = mesh_of((4,))
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4, 2), mesh, [Shard(0)]))
+    optimizer = ADAFACTOR_PYTORCH([("weight", param)])
+    param.grad = distribute_tensor(torch.ones(4, 4, 2), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"'weight'.*enable_factorization=False"):
+        optimizer.step()
+    unfactored = ADAFACTOR_PYTORCH([param], enable_factorization=False)
+    unfactored.step()
+    assert unfactored.state[param]
