@@ -18,7 +18,13 @@ from torch import Tensor
 
 from fused_adafactor.binding import Binding, Exchange
 from fused_adafactor.plan import Activity, Phase
-from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
+from fused_adafactor.rounding import (
+    Rounding,
+    Stream,
+    round_kahan,
+    round_nearest,
+    round_stochastic,
+)
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
 from fused_adafactor.schedule import Number
 from fused_adafactor.spec import TensorSpec
@@ -291,12 +297,18 @@ def _new_factor(b: _Work, old: Tensor, sums: Tensor | None, reduced: int) -> Ten
     if b.rule.eps1_rule is Eps1Rule.ADD:
         sums = sums + count * _eps1(b)
     value = sums if b.rule.sums else sums / count
-    return _read(b, _new_moment(b, old, value))
+    stream = Stream.ROW_VAR if reduced == -1 else Stream.COL_VAR
+    return _read(b, _new_moment(b, old, value, stream))
 
 
-def _new_moment(b: _Work, old: Tensor, value: Tensor) -> Tensor:
+def _new_moment(b: _Work, old: Tensor, value: Tensor, stream: Stream) -> Tensor:
+    """beta2_t var + (1 - beta2_t) value in the dtype of var: at random to bfloat16, else nearest.
+
+    Every sweep has the same random bits, and so the same result.
+    """
     beta2 = b.scalars.beta2
-    return (beta2 * _read(b, old) + (1 - beta2) * value).to(old.dtype)
+    new = beta2 * _read(b, old) + (1 - beta2) * value
+    return round_stochastic(new, old.dtype, b.rounding_key(stream))
 
 
 def _norm(b: _Work) -> Tensor:
@@ -315,7 +327,7 @@ def _new_var(b: _Work) -> Tensor:
     value = _read_grad(b).square()
     if b.rule.eps1_rule is Eps1Rule.ADD:
         value = value + _eps1(b)
-    return _new_moment(b, b.var, value)
+    return _new_moment(b, b.var, value, Stream.VAR)
 
 
 def _inverse_root(b: _Work) -> Tensor:
@@ -338,7 +350,11 @@ def _inverse_root(b: _Work) -> Tensor:
 
 
 def _new_var_max(b: _Work) -> Tensor:
-    """AMSGrad: the largest v so far, in its state dtype."""
+    """AMSGrad: the largest v so far, in its state dtype.
+
+    Rounded to nearest, in bfloat16 too: a maximum of values that are rounded at random would keep
+    every one that came out too large.
+    """
     assert b.var_max is not None
     view = b.planned.spec.view
     old = b.var_max if view is None else view.to_matrices(b.var_max)
@@ -427,8 +443,8 @@ def _write_param(b: _Work, delta: Tensor) -> None:
     if b.compensation is not None:
         rounded, compensation = round_kahan(value, spec.param_dtype)
         _write(b, b.compensation, compensation)
-    elif b.rule.rounding is Rounding.STOCHASTIC and b.rounding_key is not None:
-        rounded = round_stochastic(value, spec.param_dtype, b.rounding_key)
+    elif b.rule.rounding is Rounding.STOCHASTIC:
+        rounded = round_stochastic(value, spec.param_dtype, b.rounding_key(Stream.PARAM))
     else:
         rounded = round_nearest(value, spec.param_dtype)
     _write(b, b.param, rounded)
