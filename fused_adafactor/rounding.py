@@ -162,9 +162,10 @@ def philox_4x32(
 def random_bits(key: RoundingKey, elements: Tensor) -> Tensor:
     """The 16 random bits of each of the given elements.
 
-    An element is known by its row-major index in the logical, global tensor: a parameter or an
-    unfactored second moment in the shape that the user sees, before sharding, whatever the memory
-    layout; ``row_var`` as [..., n] and ``col_var`` as [..., m]. One Philox block serves 8 elements::
+    An element is known by its row-major index in the logical, global tensor, before sharding and
+    whatever the memory layout: of a parameter or an unfactored second moment in the shape that the
+    user sees, of ``row_var`` as [..., n], of ``col_var`` as [..., m]. One Philox block serves 8 of
+    them::
 
         block    = element >> 3
         counter  = (low 32 bits of block, high 32 bits of block | stream << 28, param_index, step)

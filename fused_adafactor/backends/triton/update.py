@@ -12,8 +12,12 @@ from fused_adafactor.backends.triton.formulas import (
     inverse_root,
     new_moment,
     quotient,
+    random16,
+    random16_of_blocks,
     root,
+    round_nearest,
     stored,
+    to_bfloat16_stochastic,
 )
 from fused_adafactor.backends.triton.memory import number, pointer, read, read_grad
 
@@ -27,11 +31,37 @@ def mean_or_sum(total, count, rule, V: tl.constexpr):
 
 
 @triton.jit
-def new_factor(old, total, count, rule, V: tl.constexpr):
-    """Second moment of rows or columns, as it will be read back."""
+def new_factor(
+    old, total, count, element, row, rule, integers, ACROSS: tl.constexpr, V: tl.constexpr
+):
+    """Second moment of lines, or of what lies across them, as it will be read back.
+
+    In bfloat16 it is rounded at random: an average that is rounded to nearest stalls.
+
+    Args:
+        old: The second moments before.
+        total: Sums of g².
+        count: How many elements each is over.
+        element: Number of each in its entry of the state, int64.
+        row: The tensor.
+        rule: Its numbers.
+        integers: Seed and step.
+        ACROSS: Whether they lie across lines.
+        V: The variant.
+    """
     value = mean_or_sum(total, count, rule, V)
     new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
-    return stored(new, V.MOMENT)
+    if V.MOMENT == tl.bfloat16:
+        # The stream follows the name: lines are columns where the matrix lies the other way.
+        swapped = tl.load(row + f.SWAPPED)
+        stream = f.COL_VAR_STREAM - swapped if ACROSS else f.ROW_VAR_STREAM + swapped
+        seed = tl.load(integers + f.SEED)
+        step = tl.load(integers + f.STEP)
+        random = random16(element, seed, tl.load(row + f.PARAM_INDEX), step, stream)
+        new = to_bfloat16_stochastic(new.to(tl.float32), random).to(V.MATH)
+    else:
+        new = stored(new, V.MOMENT)
+    return new
 
 
 @triton.jit
@@ -54,16 +84,30 @@ def numerator(row, rule, grad, k, mask, V: tl.constexpr):
 
 
 @triton.jit
-def new_var(row, rule, grad, k, mask, V: tl.constexpr):
-    """Unfactored second moment after this step, as it will be read back."""
+def new_var(row, rule, integers, grad, first, k, mask, V: tl.constexpr):
+    """Unfactored second moment after this step, as it will be read back.
+
+    Its elements k [1, n] begin with ``first``, a multiple of 8, and are numbered row-major: there
+    is no view.
+    """
     old = read(row, f.VAR, f.STATE_STRIDES, V.MOMENT, k, mask, V)
     value = tl.fma(grad, grad, number(rule, f.ADDED, V))
     new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
-    return stored(new, V.MOMENT)
+    if V.MOMENT == tl.bfloat16:
+        BLOCKS: tl.constexpr = k.shape[1] // 8
+        block = (tl.zeros((1,), tl.int64) + (first >> 3))[:, None] + tl.arange(0, BLOCKS)[None, :]
+        seed = tl.load(integers + f.SEED)
+        step = tl.load(integers + f.STEP)
+        index = tl.load(row + f.PARAM_INDEX)
+        random = random16_of_blocks(block, seed, index, step, f.VAR_STREAM)
+        new = to_bfloat16_stochastic(new.to(tl.float32), random).to(V.MATH)
+    else:
+        new = stored(new, V.MOMENT)
+    return new
 
 
 @triton.jit
-def tiny_factors(row, rule, grad, factor, k, mask, V: tl.constexpr):
+def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
     """The factors of tiny matrices, for each element: 1 / sqrt(v), row_var and col_var.
 
     Every element takes the sums of its own row, its own column and all rows, from the L1 cache.
@@ -85,12 +129,14 @@ def tiny_factors(row, rule, grad, factor, k, mask, V: tl.constexpr):
             square = x * x
             row_sq += square
             col_sq += tl.where(own_col == j, square, 0.0)
-        old = tl.load(line_var + matrix * rows + i, mask=mask, other=0.0).to(V.MATH)
-        new = new_factor(old, row_sq, cols, rule, V)
+        element = matrix * rows + i
+        old = tl.load(line_var + element, mask=mask, other=0.0).to(V.MATH)
+        new = new_factor(old, row_sq, cols, element, row, rule, integers, False, V)
         total += new
         row_var = tl.where(own_row == i, new, row_var)
-    old = tl.load(cross_var + matrix * cols + own_col, mask=mask, other=0.0).to(V.MATH)
-    col_var = new_factor(old, col_sq, rows, rule, V)
+    element = matrix * cols + own_col
+    old = tl.load(cross_var + element, mask=mask, other=0.0).to(V.MATH)
+    col_var = new_factor(old, col_sq, rows, element, row, rule, integers, True, V)
     many = tl.zeros(k.shape, V.MATH) + rows.to(V.MATH)
     mean = tl.where(number(rule, f.SUM_MOMENTS, V) > 0, total, quotient(total, many))
     least = number(rule, f.LEAST_NORM, V)
@@ -110,8 +156,12 @@ def write_tiny_factors(row, row_var, col_var, k, mask, V: tl.constexpr):
     own_row = k // cols % rows
     own_col = k % cols
     tl.debug_barrier()
-    tl.store(line_var + matrix * rows + own_row, row_var.to(V.MOMENT), mask=mask & (own_col == 0))
-    tl.store(cross_var + matrix * cols + own_col, col_var.to(V.MOMENT), mask=mask & (own_row == 0))
+    first_in_row = mask & (own_col == 0)
+    first_in_col = mask & (own_row == 0)
+    row_var = round_nearest(row_var, V.MOMENT)
+    col_var = round_nearest(col_var, V.MOMENT)
+    tl.store(line_var + matrix * rows + own_row, row_var, mask=first_in_row)
+    tl.store(cross_var + matrix * cols + own_col, col_var, mask=first_in_col)
 
 
 @triton.jit
@@ -124,6 +174,8 @@ def update_of(row, rule, grad, inverse_v, k, mask, V: tl.constexpr):
         var = inverse(inverse_v * inverse_v)
         old = read(row, f.VAR_MAX, f.STATE_STRIDES, V.MOMENT, k, mask, V)
         larger = (var > old) | (var != var)  # NaN of either stays
+        # To nearest: a maximum of values that are rounded at random would keep every one that
+        # came out too large.
         var_max = stored(tl.where(larger, var, old), V.MOMENT)
         below = root(var_max * number(rule, f.AMSGRAD_SCALE, V)) + number(rule, f.EPS1, V)
         value = quotient(num, below)
