@@ -42,7 +42,7 @@ def new_factor(
         old: The second moments before.
         total: Sums of g².
         count: How many elements each is over.
-        element: Number of each in its entry of the state, int64.
+        element: Number of each in its entry of the state.
         row: The tensor.
         rule: Its numbers.
         integers: Seed and step.
@@ -107,16 +107,22 @@ def new_var(row, rule, integers, grad, first, k, mask, V: tl.constexpr):
 
 
 @triton.jit
+def _tiny_places(row, k, V: tl.constexpr):
+    """Rows and columns of tiny matrices; for each element its matrix, and its row and column."""
+    INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32  # the wide one takes twice the registers
+    rows = tl.load(row + f.MATRIX_ROWS).to(INDEX)
+    cols = tl.load(row + f.MATRIX_COLS).to(INDEX)
+    k = k.to(INDEX)
+    return rows, cols, k // (rows * cols), k // cols % rows, k % cols
+
+
+@triton.jit
 def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
     """The factors of tiny matrices, for each element: 1 / sqrt(v), row_var and col_var.
 
     Every element takes the sums of its own row, its own column and all rows, from the L1 cache.
     """
-    rows = tl.load(row + f.MATRIX_ROWS)
-    cols = tl.load(row + f.MATRIX_COLS)
-    matrix = k // (rows * cols)
-    own_row = (k // cols % rows).to(tl.int32)
-    own_col = (k % cols).to(tl.int32)
+    rows, cols, matrix, own_row, own_col = _tiny_places(row, k, V)
     row_var = tl.zeros(k.shape, V.MATH)
     col_sq = tl.zeros(k.shape, V.MATH)
     total = tl.zeros(k.shape, V.MATH)
@@ -148,13 +154,9 @@ def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
 @triton.jit
 def write_tiny_factors(row, row_var, col_var, k, mask, V: tl.constexpr):
     """Store the second moments of tiny matrices, once nobody reads the old ones any more."""
-    rows = tl.load(row + f.MATRIX_ROWS)
-    cols = tl.load(row + f.MATRIX_COLS)
-    matrix = k // (rows * cols)
+    rows, cols, matrix, own_row, own_col = _tiny_places(row, k, V)
     line_var = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V)
     cross_var = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V)
-    own_row = k // cols % rows
-    own_col = k % cols
     tl.debug_barrier()
     first_in_row = mask & (own_col == 0)
     first_in_col = mask & (own_row == 0)
