@@ -14,7 +14,7 @@ from fused_adafactor.backends.triton.formulas import (
     root,
 )
 from fused_adafactor.backends.triton.memory import hinted, in_scratch, number, pointer
-from fused_adafactor.backends.triton.update import new_factor
+from fused_adafactor.backends.triton.update import new_factor, random_of_factor
 
 
 @triton.jit
@@ -41,9 +41,8 @@ def finish_columns(
     grad_sq = tl.sum(tl.where(mask, square, 0.0).to(tl.float64), 0)
     place = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V) + matrix * cols + column
     old = tl.load(place, mask=mask, other=0.0).to(V.MATH)
-    element = matrix * cols + column
-    new = new_factor(old, square, rows, element, row, rule, integers, True, V)
-    cross = tl.where(mask, new, 0.0)
+    random = random_of_factor(row, integers, matrix * cols + column, True, V)
+    cross = tl.where(mask, new_factor(old, square, rows, random, rule, V), 0.0)
     positive = cross > 0.0
     share = tl.where(positive, quotient(weighted, tl.where(positive, cross, 1.0)), 0.0)
     tl.store(in_scratch(row, scratch, f.CROSS, V.MATH) + matrix * cols + column, cross, mask=mask)
@@ -75,10 +74,8 @@ def finish_lines(row, rule, integers, scratch, factor, matrix, part, begin, end,
         if V.NORM_CLIPPED:
             # What was summed is the raw gradient: its norm was not known yet.
             old = tl.load(old_lines + line, mask=mask, other=0.0).to(V.MATH)
-            square = x * (factor * factor)
-            count = tl.load(row + f.COLS)
-            element = matrix * rows + line
-            x = new_factor(old, square, count, element, row, rule, integers, False, V)
+            random = random_of_factor(row, integers, matrix * rows + line, False, V)
+            x = new_factor(old, x * (factor * factor), tl.load(row + f.COLS), random, rule, V)
             x = tl.where(mask, x, 0.0)
             tl.store(lines + line, x, mask=mask)
         total += x.to(tl.float64)

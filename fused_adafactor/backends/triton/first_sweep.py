@@ -21,6 +21,7 @@ from fused_adafactor.backends.triton.update import (
     new_factor,
     new_var,
     numerator,
+    random_of_factor,
     tiny_factors,
     update_of,
 )
@@ -90,6 +91,7 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
             line_mask = line < last
             mask = line_mask[:, None] & col_mask[None, :]
             k = (line * cols + first_col)[:, None] + column[None, :]
+            random = random_of_factor(row, integers, line, False, V)  # before registers are full
             raw = read_unclipped(row, rule, grad, k, mask, V)
             if V.VALUE_CLIP:
                 # An Inf must not hide behind the clip.
@@ -107,8 +109,7 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
                 new = line_sq
             else:
                 old = tl.load(old_lines + line, mask=line_mask, other=0.0).to(V.MATH)
-                count = tl.load(row + f.COLS)
-                new = new_factor(old, line_sq, count, line, row, rule, integers, False, V)
+                new = new_factor(old, line_sq, tl.load(row + f.COLS), random, rule, V)
             if chunk == 0:
                 tl.store(lines + line, new, mask=line_mask)
             if V.WEIGHS:

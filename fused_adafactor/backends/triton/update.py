@@ -31,26 +31,12 @@ def mean_or_sum(total, count, rule, V: tl.constexpr):
 
 
 @triton.jit
-def new_factor(
-    old, total, count, element, row, rule, integers, ACROSS: tl.constexpr, V: tl.constexpr
-):
-    """Second moment of lines, or of what lies across them, as it will be read back.
+def random_of_factor(row, integers, element, ACROSS: tl.constexpr, V: tl.constexpr):
+    """Random bits of second moments of lines, or of what lies across them; 0 where none are wanted.
 
-    In bfloat16 it is rounded at random: an average that is rounded to nearest stalls.
-
-    Args:
-        old: The second moments before.
-        total: Sums of g².
-        count: How many elements each is over.
-        element: Number of each in its entry of the state.
-        row: The tensor.
-        rule: Its numbers.
-        integers: Seed and step.
-        ACROSS: Whether they lie across lines.
-        V: The variant.
+    ``element`` is the number of each in its entry of the state.
     """
-    value = mean_or_sum(total, count, rule, V)
-    new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
+    random = tl.zeros(element.shape, tl.uint32)
     if V.MOMENT == tl.bfloat16:
         # The stream follows the name: lines are columns where the matrix lies the other way.
         swapped = tl.load(row + f.SWAPPED)
@@ -58,10 +44,28 @@ def new_factor(
         seed = tl.load(integers + f.SEED)
         step = tl.load(integers + f.STEP)
         random = random16(element, seed, tl.load(row + f.PARAM_INDEX), step, stream)
-        new = to_bfloat16_stochastic(new.to(tl.float32), random).to(V.MATH)
+    return random
+
+
+@triton.jit
+def stored_moment(value, random, V: tl.constexpr):
+    """A second moment as it will be read back.
+
+    In bfloat16 it is rounded at random: an average that is rounded to nearest stalls.
+    """
+    if V.MOMENT == tl.bfloat16:
+        result = to_bfloat16_stochastic(value.to(tl.float32), random).to(V.MATH)
     else:
-        new = stored(new, V.MOMENT)
-    return new
+        result = stored(value, V.MOMENT)
+    return result
+
+
+@triton.jit
+def new_factor(old, total, count, random, rule, V: tl.constexpr):
+    """Second moment of rows or columns, as it will be read back."""
+    value = mean_or_sum(total, count, rule, V)
+    new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
+    return stored_moment(new, random, V)
 
 
 @triton.jit
@@ -93,6 +97,7 @@ def new_var(row, rule, integers, grad, first, k, mask, V: tl.constexpr):
     old = read(row, f.VAR, f.STATE_STRIDES, V.MOMENT, k, mask, V)
     value = tl.fma(grad, grad, number(rule, f.ADDED, V))
     new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
+    random = tl.zeros(k.shape, tl.uint32)
     if V.MOMENT == tl.bfloat16:
         BLOCKS: tl.constexpr = k.shape[1] // 8
         block = (tl.zeros((1,), tl.int64) + (first >> 3))[:, None] + tl.arange(0, BLOCKS)[None, :]
@@ -100,10 +105,7 @@ def new_var(row, rule, integers, grad, first, k, mask, V: tl.constexpr):
         step = tl.load(integers + f.STEP)
         index = tl.load(row + f.PARAM_INDEX)
         random = random16_of_blocks(block, seed, index, step, f.VAR_STREAM)
-        new = to_bfloat16_stochastic(new.to(tl.float32), random).to(V.MATH)
-    else:
-        new = stored(new, V.MOMENT)
-    return new
+    return stored_moment(new, random, V)
 
 
 @triton.jit
@@ -137,12 +139,14 @@ def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
             col_sq += tl.where(own_col == j, square, 0.0)
         element = matrix * rows + i
         old = tl.load(line_var + element, mask=mask, other=0.0).to(V.MATH)
-        new = new_factor(old, row_sq, cols, element, row, rule, integers, False, V)
+        random = random_of_factor(row, integers, element, False, V)
+        new = new_factor(old, row_sq, cols, random, rule, V)
         total += new
         row_var = tl.where(own_row == i, new, row_var)
     element = matrix * cols + own_col
     old = tl.load(cross_var + element, mask=mask, other=0.0).to(V.MATH)
-    col_var = new_factor(old, col_sq, rows, element, row, rule, integers, True, V)
+    random = random_of_factor(row, integers, element, True, V)
+    col_var = new_factor(old, col_sq, rows, random, rule, V)
     many = tl.zeros(k.shape, V.MATH) + rows.to(V.MATH)
     mean = tl.where(number(rule, f.SUM_MOMENTS, V) > 0, total, quotient(total, many))
     least = number(rule, f.LEAST_NORM, V)
