@@ -123,8 +123,10 @@ def random16_of_blocks(block, seed, param_index, step, stream):
 def _rounding_block(block, seed, param_index, step, stream):
     """Counter (block and stream, parameter, step), key the seed; see ``rounding.random_bits``."""
     c0 = block.to(tl.uint32)
-    # A number of int32 has no high half, and shifting it by 32 is undefined.
-    c1 = ((block.to(tl.int64) >> 32) | (stream << 28)).to(tl.uint32)
+    c1 = tl.full(c0.shape, 0, tl.int64) + (stream << 28)
+    if block.dtype == tl.int64:  # one of int32 has no high half
+        c1 = c1 | (block >> 32)
+    c1 = c1.to(tl.uint32)
     c2 = tl.full(c0.shape, 0, tl.uint32) + param_index.to(tl.uint32)
     c3 = tl.full(c0.shape, 0, tl.uint32) + step.to(tl.uint32)
     return tl.philox(seed, c0, c1, c2, c3)

@@ -43,7 +43,8 @@ def random_of_factor(row, integers, element, ACROSS: tl.constexpr, V: tl.constex
         stream = f.COL_VAR_STREAM - swapped if ACROSS else f.ROW_VAR_STREAM + swapped
         seed = tl.load(integers + f.SEED)
         step = tl.load(integers + f.STEP)
-        random = random16(element, seed, tl.load(row + f.PARAM_INDEX), step, stream)
+        INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+        random = random16(element.to(INDEX), seed, tl.load(row + f.PARAM_INDEX), step, stream)
     return random
 
 
