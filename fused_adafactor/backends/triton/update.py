@@ -132,15 +132,15 @@ def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
     line_var = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V)
     cross_var = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V)
     for i in range(0, rows):
+        element = matrix * rows + i
+        random = random_of_factor(row, integers, element, False, V)  # before registers are full
         row_sq = tl.zeros(k.shape, V.MATH)
         for j in range(0, cols):
             x = read_grad(row, rule, grad, factor, (matrix * rows + i) * cols + j, mask, V)
             square = x * x
             row_sq += square
             col_sq += tl.where(own_col == j, square, 0.0)
-        element = matrix * rows + i
         old = tl.load(line_var + element, mask=mask, other=0.0).to(V.MATH)
-        random = random_of_factor(row, integers, element, False, V)
         new = new_factor(old, row_sq, cols, random, rule, V)
         total += new
         row_var = tl.where(own_row == i, new, row_var)
