@@ -24,8 +24,9 @@ class _Shared(TypedDict, total=False):
             only) or "kahan".
         seed: Key of stochastic rounding; part of the state dict.
         state_dtype: Dtype of the second moments: None for float32 (float64 for float64
-            parameters), or torch.float32, torch.float64 or torch.bfloat16. In bfloat16 an average
-            stops moving once a step changes it by less than 1/256 of itself.
+            parameters), or torch.float32, torch.float64 or torch.bfloat16. In bfloat16 they are
+            rounded at random, keyed by ``seed``: rounded to nearest, an average would stop moving
+            once a step changes it by less than 1/256 of itself.
         max_grad_norm: Clip the gradients of all groups by their common norm inside the step, as
             ``torch.nn.utils.clip_grad_norm_`` before it, without rewriting them; None for no
             clipping.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.plan import Activity, PlannedTensor
-from fused_adafactor.rounding import Rounding, RoundingKey
+from fused_adafactor.rounding import RoundingKey, Stream
 from fused_adafactor.rule import Rule, Scalars
 from fused_adafactor.schedule import Number
 from fused_adafactor.spec import TensorSpec
@@ -92,14 +92,11 @@ class Binding:
         """What the raw gradient is multiplied by when it is read."""
         return self.cohort.grad_scale
 
-    @property
-    def rounding_key(self) -> RoundingKey | None:
-        """Key of stochastic rounding in this step, or None."""
-        if self.rule.rounding is not Rounding.STOCHASTIC:
-            return None
+    def rounding_key(self, stream: Stream) -> RoundingKey:
+        """Key of stochastic rounding in this step."""
         t = self.scalars.t
         step = t.to(torch.int64) if isinstance(t, Tensor) else int(t)
-        return RoundingKey(self.cohort.seed, self.planned.spec.id.index, step)
+        return RoundingKey(self.cohort.seed, self.planned.spec.id.index, step, stream)
 
 
 class PartialSum(NamedTuple):

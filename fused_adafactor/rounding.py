@@ -1,4 +1,4 @@
-"""How a low-precision parameter is written: one function of (value, key).
+"""How low-precision parameters and second moments are written: one function of (value, key).
 
 This file is the specification. Every backend reproduces it bit for bit, whatever its tiles, threads
 or shards, so each bit is defined here and nothing depends on a launch, a device or a global
@@ -9,12 +9,16 @@ References:
     Philox-4x32-10.
     Zamirai, Zhang, Aberger, De Sa: Revisiting BFloat16 Training (arXiv 2010.06192): stochastic
     rounding and Kahan summation of the parameter update.
+
+A bfloat16 second moment is always rounded at random. One step of an average moves it by a share
+1 - beta2 of what it lacks; where that is less than half a unit in the last place, rounding to
+nearest takes it back, every time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 
 import torch
 from torch import Tensor
@@ -29,6 +33,8 @@ _PHILOX_KEY_STEP_0 = 0x9E37_79B9
 _PHILOX_KEY_STEP_1 = 0xBB67_AE85
 
 _ELEMENTS_PER_BLOCK = 8
+# Of the high word of a block's number, which is below 2**28 as an element's is below 2**63.
+_STREAM_SHIFT = 28
 
 # Rounded at a time: the int64 intermediates, some ten times the size of a bfloat16 parameter, stay
 # a few tens of MB, and on a CPU near the cache.
@@ -66,9 +72,23 @@ class Rounding(str, Enum):
             raise ValueError(f"rounding must be one of {valid}, got {value!r}") from None
 
 
+class Stream(IntEnum):
+    """Which value of a tensor is rounded: each has random bits of its own.
+
+    A name goes with the meaning, not with the memory layout: ``row_var`` has one value for each row
+    of the matrix view, whatever lies contiguous. The unfactored ``var`` takes the place of
+    ``row_var``, as no tensor has both.
+    """
+
+    PARAM = 0
+    ROW_VAR = 1
+    VAR = 1
+    COL_VAR = 2
+
+
 @dataclass(frozen=True)
 class RoundingKey:
-    """What the random bits of one parameter in one step depend on, besides the element.
+    """What the random bits of one tensor in one step depend on, besides the element.
 
     Attributes:
         seed: 0 <= seed < 2**63, so that it also fits the int64 that scalars travel in. It is the
@@ -78,11 +98,13 @@ class RoundingKey:
         step: The parameter's step count as an int >= 0, or a 0-d tensor of any real dtype, on the
             parameter's device or the CPU; a device tensor is never read on the host. Counter word
             c3 is its low 32 bits.
+        stream: What is rounded. The top 4 bits of counter word c1.
     """
 
     seed: int
     param_index: int
     step: int | Tensor
+    stream: Stream = Stream.PARAM
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -140,17 +162,19 @@ def philox_4x32(
 def random_bits(key: RoundingKey, elements: Tensor) -> Tensor:
     """The 16 random bits of each of the given elements.
 
-    An element is known by its row-major index in the logical, global parameter: the shape that the
-    user sees, before sharding, whatever the memory layout. One Philox block serves 8 elements::
+    An element is known by its row-major index in the logical, global tensor, before sharding and
+    whatever the memory layout: of a parameter or an unfactored second moment in the shape that the
+    user sees, of ``row_var`` as [..., n], of ``col_var`` as [..., m]. One Philox block serves 8 of
+    them::
 
         block    = element >> 3
-        counter  = (low 32 bits of block, high 32 bits of block, param_index, step)
+        counter  = (low 32 bits of block, high 32 bits of block | stream << 28, param_index, step)
         key      = (seed & 0xFFFFFFFF, seed >> 32)
         word     = philox(counter, key)[(element & 7) >> 1]
         bits     = low 16 bits of word if element is even, high 16 bits if it is odd
 
     Args:
-        key: Seed, parameter and step.
+        key: Seed, parameter, step and stream.
         elements: Indices >= 0, int64, any shape and order.
 
     Returns:
@@ -172,8 +196,8 @@ def random_bits_range(
     """``random_bits`` of the elements start, ..., start + count - 1, with one Philox per 8 of them.
 
     Args:
-        key: Seed, parameter and step.
-        count: How many elements, 0 or more. A whole parameter is ``count = numel``, ``start = 0``.
+        key: Seed, parameter, step and stream.
+        count: How many elements, 0 or more. A whole tensor is ``count = numel``, ``start = 0``.
         start: Index of the first one, 0 or more. It need not be a multiple of 8.
         device: Where the result lives; torch's default device if None.
 
@@ -231,9 +255,9 @@ def round_stochastic(
     Args:
         value: float32 or float64, the math dtype. Any shape and memory layout.
         dtype: bfloat16, float32 or float64.
-        key: Seed, parameter and step.
-        elements: Row-major index of each value in the logical global parameter, int64, shaped as
-            ``value``. None where ``value`` is the whole parameter in its own shape.
+        key: Seed, parameter, step and stream.
+        elements: Row-major index of each value in the logical global tensor, int64, shaped as
+            ``value``. None where ``value`` is the whole tensor in its own shape.
 
     Returns:
         Tensor of ``dtype`` shaped as ``value``; contiguous if it is rounded to bfloat16.
@@ -307,7 +331,7 @@ def _multiply_32(word: int | Tensor, multiplier: int) -> tuple[int | Tensor, int
 def _block_words(key: RoundingKey, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four Philox words of each block of 8 elements."""
     step = key.step.to(torch.int64) if isinstance(key.step, Tensor) else key.step
-    counter = (blocks, blocks >> 32, key.param_index, step)
+    counter = (blocks, (blocks >> 32) | (key.stream << _STREAM_SHIFT), key.param_index, step)
     return philox_4x32(counter, (key.seed, key.seed >> 32))
 
 

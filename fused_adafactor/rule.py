@@ -161,6 +161,8 @@ class Rule:
         weight_decay: K9, or None.
         keep_param_rms: RMS(p) is measured for the state, even where the step is not scaled by it.
         state_dtype: K10, of the second moments; None for float32 (float64 for float64 parameters).
+            To bfloat16 they are rounded at random, whatever ``rounding`` says, but for AMSGrad's
+            maximum.
         rounding: K10, how a low-precision parameter is written.
         step_count: K11.
         maximize: Step along the gradient, not against it.

@@ -66,10 +66,10 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
   if (raw) {
     for (int64_t l = 0; l < t.rows; ++l) m.line[l] *= square;
     for (int64_t j = 0; j < t.cols; ++j) m.cross[j] *= square;
-    new_moments(t, r, t.line_var, m.first, t.rows, t.cols, m.line);
+    new_moments(t, r, stream_of_lines(t), t.line_var, m.first, t.rows, t.cols, m.line);
   }
   const double grad_sq = total_of(m.cross, t.cols);
-  new_moments(t, r, t.cross_var, first, t.cols, t.rows, m.cross);
+  new_moments(t, r, stream_across(t), t.cross_var, first, t.cols, t.rows, m.cross);
   const M* row = t.swapped ? m.cross : m.line;
   const int64_t rows = t.swapped ? t.cols : t.rows;
   const double total = total_of(row, rows);

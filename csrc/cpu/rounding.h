@@ -26,13 +26,14 @@ inline Longs multiply_halves(Longs a, Longs b) {
 }
 
 // Philox-4x32-10 of consecutive blocks, side by side: a block's words 0 and 1, then 2 and 3. Its key is the seed, its
-// counter (block, parameter, step). What is above the low half of a counter's number is of no account.
-inline void rounding_blocks(const Tensor& t, const Rule& r, uint64_t block, int64_t count, uint64_t* words) {
+// counter (block and stream, parameter, step). What is above the low half of a counter's number is of no account.
+inline void rounding_blocks(const Tensor& t, const Rule& r, Stream stream, uint64_t block, int64_t count,
+                            uint64_t* words) {
   const Longs multiplier0 = Longs{} + kPhiloxMultiplier0, multiplier1 = Longs{} + kPhiloxMultiplier1;
   for (int64_t first = 0; first < count; first += kBlocksTogether) {
     Longs c0{}, c2 = Longs{} + uint32_t(t.param_index), c3 = Longs{} + uint32_t(r.step);
     for (int64_t i = 0; i < kBlocksTogether; ++i) c0[i] = block + uint64_t(first + i);
-    Longs c1 = c0 >> 32;
+    Longs c1 = (c0 >> 32) | (uint64_t(stream) << kStreamShift);
     uint32_t k0 = uint32_t(r.seed), k1 = uint32_t(r.seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const Longs product0 = multiply_halves(c0, multiplier0), product1 = multiply_halves(c2, multiplier1);
@@ -53,19 +54,51 @@ inline void rounding_blocks(const Tensor& t, const Rule& r, uint64_t block, int6
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
 
+// The random bits of some elements in a row; count <= kChunk.
+class RandomBits {
+ public:
+  const uint16_t* of(const Tensor& t, const Rule& r, Stream stream, uint64_t element, int64_t count) {
+    const uint64_t block = element >> 3, blocks = ((element + uint64_t(count) - 1) >> 3) - block + 1;
+    rounding_blocks(t, r, stream, block, int64_t(blocks), words_);
+    memcpy(halves_, words_, 16 * blocks);
+    return halves_ + (element & 7);
+  }
+
+ private:
+  uint64_t words_[2 * kBlocksOfChunk];
+  uint16_t halves_[8 * kBlocksOfChunk];
+};
+
+inline Stream stream_of_lines(const Tensor& t) { return t.swapped ? kColVarStream : kRowVarStream; }
+inline Stream stream_across(const Tensor& t) { return t.swapped ? kRowVarStream : kColVarStream; }
+
+// New second moments as they are read back from their dtype, `count` of them from number `first` of their entry on.
+// In bfloat16 they are rounded at random: an average that is rounded to nearest stalls.
+template <class M>
+void round_moments(const Tensor& t, const Rule& r, Stream stream, int64_t first, int64_t count, M* value) {
+  if (t.moment_dtype == DtypeOf<M>::value) return;
+  if (t.moment_dtype != kBfloat16) {
+    for (int64_t i = 0; i < count; ++i) value[i] = stored(value[i], t.moment_dtype);
+    return;
+  }
+  RandomBits bits;
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t n = least(kChunk, count - i);
+    const uint16_t* random = bits.of(t, r, stream, uint64_t(first + i), n);
+    M* part = value + i;
+    for (int64_t j = 0; j < n; ++j) part[j] = M(from_bfloat16(to_bfloat16_stochastic(float(part[j]), random[j])));
+  }
+}
+
 // p rounded to bfloat16 with random bits keyed by the element's row-major index in the parameter; n <= kChunk.
 inline void write_stochastic(const Tensor& t, const Rule& r, const float* value, int64_t k, int64_t n) {
-  uint64_t words[2 * kBlocksOfChunk];
-  uint16_t halves[8 * kBlocksOfChunk];
+  RandomBits bits;
   uint16_t* param = static_cast<uint16_t*>(t.param);
   const int64_t stride = stride_of_runs(t, t.strides), logical_stride = stride_of_runs(t, t.logical);
   for (int64_t i = 0; i < n;) {
     const Run to = run_at(t, t.strides, k + i), run = run_at(t, t.logical, k + i);
     const int64_t count = logical_stride == 1 ? least(run.count, n - i) : 1;
-    const uint64_t element = uint64_t(run.offset), block = element >> 3;
-    rounding_blocks(t, r, block, int64_t(((element + uint64_t(count) - 1) >> 3) - block + 1), words);
-    memcpy(halves, words, sizeof words);
-    const uint16_t* random = halves + (element & 7);
+    const uint16_t* random = bits.of(t, r, kParamStream, uint64_t(run.offset), count);
     uint16_t* out = param + to.offset;
     if (stride == 1) {
       for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16_stochastic(value[i + j], random[j]);

@@ -4,7 +4,7 @@
 #ifndef FUSED_ADAFACTOR_CPU_TINY_H
 #define FUSED_ADAFACTOR_CPU_TINY_H
 
-#include "vector.h"
+#include "rounding.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -169,8 +169,8 @@ constexpr int64_t kLanesOfChunk = kChunk + kMaxTiny * kLanes;
 
 // New second moments of the rows or columns of matrices from their sums of g²; each is over `reduced` elements.
 template <class M>
-void new_tiny(const Tensor& t, const Rule& r, void* var, int64_t matrix, int64_t lanes, int64_t count, int64_t reduced,
-              M* sums, bool stores) {
+void new_tiny(const Tensor& t, const Rule& r, Stream stream, void* var, int64_t matrix, int64_t lanes, int64_t count,
+              int64_t reduced, M* sums, bool stores) {
   M flat[kLanesOfChunk], old[kLanesOfChunk];
   const int64_t first = matrix * count, n = lanes * count, all = stride_of(lanes) * count;
   if (t.moment_dtype == DtypeOf<M>::value) {
@@ -183,12 +183,14 @@ void new_tiny(const Tensor& t, const Rule& r, void* var, int64_t matrix, int64_t
   const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
   const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
   for (int64_t i = 0; i < all; ++i) sums[i] = beta2 * old[i] + rest * ((sums[i] + added) * by);
-  if (t.moment_dtype != DtypeOf<M>::value) {
-    for (int64_t i = 0; i < all; ++i) sums[i] = stored(sums[i], t.moment_dtype);
-  }
-  if (!stores) return;
+  const bool rounds = t.moment_dtype != DtypeOf<M>::value;
+  if (!rounds && !stores) return;
   from_lanes(sums, count, lanes, flat);
-  convert_to(flat, var, t.moment_dtype, first, 1, n);
+  if (rounds) {  // in the order of the state, as random bits come
+    round_moments(t, r, stream, first, n, flat);
+    to_lanes(flat, count, lanes, kLanesOfChunk, sums);
+  }
+  if (stores) convert_to(flat, var, t.moment_dtype, first, 1, n);
 }
 
 // What the gradients of some tiny matrices say of them.
@@ -206,8 +208,8 @@ struct Tiny {
     to_lanes(grad, size, lanes, t.numel - k, element);
     for (int64_t i = 0; i < rows; ++i) add_squares(element + i * cols * stride, cols, stride, row + i * stride);
     for (int64_t j = 0; j < cols; ++j) add_squares(element + j * stride, rows, cols * stride, col + j * stride);
-    new_tiny(t, r, t.line_var, matrix, lanes, rows, cols, row, stores);
-    new_tiny(t, r, t.cross_var, matrix, lanes, cols, rows, col, stores);
+    new_tiny(t, r, kRowVarStream, t.line_var, matrix, lanes, rows, cols, row, stores);
+    new_tiny(t, r, kColVarStream, t.cross_var, matrix, lanes, cols, rows, col, stores);
     const M by = r.sums ? M(1) : M(1) / M(rows), smallest = r.eps1_rule == kEps1Clamp ? M(r.eps1) : M(0);
     for (int64_t l = 0; l < stride; l += lanes_of<M>) {
       Vector<M> sum{};

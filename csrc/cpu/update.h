@@ -119,9 +119,7 @@ void unfactored_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, 
   const M* old = read(t, t.state_strides, t.var, t.moment_dtype, k, n, spare);
   const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), added = r.eps1_rule == kEps1Add ? M(r.eps1) : M(0);
   for (int64_t i = 0; i < n; ++i) var[i] = new_moment(old[i], fused(grad[i], grad[i], added), beta2, rest);
-  if (t.moment_dtype != DtypeOf<M>::value) {
-    for (int64_t i = 0; i < n; ++i) var[i] = stored(var[i], t.moment_dtype);
-  }
+  round_moments(t, r, kRowVarStream, k, n, var);  // k is the row-major index: an unfactored tensor has no view
   for (int64_t i = 0; i < n; ++i) root[i] = var[i];
   inverse_roots(root, n);
 }
@@ -175,6 +173,7 @@ Update<M> update_of(const Tensor& t, const Rule& r, const Matrix<M>* matrix, int
       const M v = M(1) / (root[i] * root[i]);
       u.var_max[i] = v > old[i] || v != v ? v : old[i];  // NaN of either stays
     }
+    // To nearest: a maximum of values that are rounded at random would keep every one that came out too large.
     if (t.moment_dtype != DtypeOf<M>::value) {
       for (int64_t i = 0; i < n; ++i) u.var_max[i] = stored(u.var_max[i], t.moment_dtype);
     }

@@ -389,6 +389,7 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
 
 def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
     rule, scalars = cohort.rule, cohort.scalars
+    record.seed, record.step = cohort.seed, int(scalars.t)
     _fill_numbers(record, rule, scalars, eps1)
     clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay
     record.clip_value = -1.0
@@ -406,9 +407,6 @@ def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
         record.decay_coefficient = decay.coefficient
         record.decay_factor = _DECAYS[decay.factor]
         record.decay_before_rms = decay.before_rms
-    if rule.rounding is Rounding.STOCHASTIC:
-        record.seed = cohort.seed
-        record.step = int(scalars.t)
 
 
 def _fill_numbers(record: _Rule, rule: Rule, scalars: Scalars, eps1: float) -> None:

@@ -19,7 +19,13 @@ from torch import Tensor
 from fused_adafactor.binding import Binding, Exchange, PartialSum
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
-from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
+from fused_adafactor.rounding import (
+    Rounding,
+    Stream,
+    round_kahan,
+    round_nearest,
+    round_stochastic,
+)
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
 from fused_adafactor.schedule import Number
 from fused_adafactor.spec import TensorSpec
@@ -339,7 +345,9 @@ def _new_factor(b: _Work, old: Tensor, sums: Tensor | None, reduced: int) -> Ten
     assert sums is not None
     assert spec.whole_view is not None
     count = spec.whole_view.matrices[reduced]
-    return _read(b, _new_moment(b, old, _mean_or_sum(b, sums, count)))
+    stream = Stream.ROW_VAR if reduced == -1 else Stream.COL_VAR
+    elements = _elements(spec, sums.device, without=reduced)
+    return _read(b, _new_moment(b, old, _mean_or_sum(b, sums, count), stream, elements))
 
 
 def _mean_or_sum(b: _Work, sums: Tensor, count: int, of: int = 1) -> Tensor:
@@ -361,9 +369,16 @@ def _set_factors(b: _Work) -> None:
         partials.col_var = _new_factor(b, b.col_var, partials.col_sq, -2)
 
 
-def _new_moment(b: _Work, old: Tensor, value: Tensor) -> Tensor:
+def _new_moment(
+    b: _Work, old: Tensor, value: Tensor, stream: Stream, elements: Tensor | None
+) -> Tensor:
+    """beta2_t var + (1 - beta2_t) value in the dtype of var: at random to bfloat16, else nearest.
+
+    Every sweep has the same random bits, and so the same result.
+    """
     beta2 = b.scalars.beta2
-    return (beta2 * _read(b, old) + (1 - beta2) * value).to(old.dtype)
+    new = beta2 * _read(b, old) + (1 - beta2) * value
+    return round_stochastic(new, old.dtype, b.rounding_key(stream), elements)
 
 
 def _norm(b: _Work) -> Tensor:
@@ -389,7 +404,8 @@ def _new_var(b: _Work) -> Tensor:
     value = _read_grad(b).square()
     if b.rule.eps1_rule is Eps1Rule.ADD:
         value = value + _eps1(b)
-    return _new_moment(b, b.var, value)
+    elements = _elements(b.planned.spec, value.device)
+    return _new_moment(b, b.var, value, Stream.VAR, elements)
 
 
 def _inverse_root(b: _Work) -> Tensor:
@@ -412,7 +428,11 @@ def _inverse_root(b: _Work) -> Tensor:
 
 
 def _new_var_max(b: _Work) -> Tensor:
-    """AMSGrad: the largest v so far, in its state dtype."""
+    """AMSGrad: the largest v so far, in its state dtype.
+
+    Rounded to nearest, in bfloat16 too: a maximum of values that are rounded at random would keep
+    every one that came out too large.
+    """
     assert b.var_max is not None
     view = b.planned.spec.view
     old = b.var_max if view is None else view.to_matrices(b.var_max)
@@ -501,21 +521,36 @@ def _write_param(b: _Work, delta: Tensor) -> None:
     if b.compensation is not None:
         rounded, compensation = round_kahan(value, spec.param_dtype)
         _write(b, b.compensation, compensation)
-    elif b.rule.rounding is Rounding.STOCHASTIC and b.rounding_key is not None:
-        elements = None if spec.shard is None else _elements(spec, value.device)
-        rounded = round_stochastic(value, spec.param_dtype, b.rounding_key, elements)
+    elif b.rule.rounding is Rounding.STOCHASTIC:
+        rounded = round_stochastic(
+            value, spec.param_dtype, b.rounding_key(Stream.PARAM), _elements(spec, value.device)
+        )
     else:
         rounded = round_nearest(value, spec.param_dtype)
     _write(b, b.param, rounded)
 
 
-def _elements(spec: TensorSpec, device: torch.device) -> Tensor:
-    """Row-major index in the whole parameter of each element of a part of it."""
-    assert spec.shard is not None
+def _elements(spec: TensorSpec, device: torch.device, without: int | None = None) -> Tensor | None:
+    """Where the elements of a part are in the whole parameter, row-major; None if it is whole.
+
+    Args:
+        spec: The parameter.
+        device: For the indices.
+        without: Of a factor: the dimension of the matrix view that it lacks, -1 or -2.
+    """
+    if spec.shard is None:
+        return None
+    dims = list(range(len(spec.shape)))
+    if without is not None:
+        assert spec.view is not None
+        assert spec.view.permutation is not None
+        dims = list(spec.view.permutation)
+        del dims[without]
     index = torch.zeros((), dtype=torch.int64, device=device)
-    for size, offset, whole in zip(spec.shape, spec.shard.offset, spec.whole, strict=True):
-        along = torch.arange(offset, offset + size, device=device)
-        index = index.unsqueeze(-1) * whole + along
+    for dim in dims:
+        begin = spec.shard.offset[dim]
+        along = torch.arange(begin, begin + spec.shape[dim], device=device)
+        index = index.unsqueeze(-1) * spec.whole[dim] + along
     return index
 
 

@@ -53,6 +53,7 @@ RULES: Mapping[str, Mapping[str, Arguments]] = {
         "no_momentum": {"beta1": 0.0},
         "amsgrad": {"non_constant_decay": False, "ams_grad": True},
         "unfactored": {"enable_factorization": False},
+        "bfloat16_state": {"state_dtype": BF16},
     },
     "keras": {
         "defaults": {},
@@ -182,6 +183,8 @@ def default_cases() -> dict[Case, tuple[str, ...]]:
     for tensors in TENSORS:
         for form in LAUNCHES:
             add(ONE, "torch", "defaults", tensors, BF16, BF16, form)
+    # Random bits, where registers are fullest.
+    add(ONE, "torch", "bfloat16_state", "tiny_matrices", BF16, BF16, "persistent")
     return cases
 
 

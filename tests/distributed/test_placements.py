@@ -26,6 +26,7 @@ from tests.dialects import (
 )
 from tests.distributed.ranks import (
     PLACEMENTS,
+    assert_close_part,
     assert_close_parts,
     distribute,
     fitting,
@@ -143,6 +144,25 @@ def test_stochastic_rounding_has_the_bits_of_a_single_process(placement: str) ->
         wanted = distribute_tensor(q.detach(), p.device_mesh, p.placements).to_local()
         different = (p.detach().to_local() != wanted).sum()
         assert different <= 0.02 * q.numel(), tuple(q.shape)
+
+
+@EVERY_PLACEMENT
+@on_every_rank
+def test_second_moments_are_rounded_with_the_bits_of_a_single_process(placement: str) -> None:
+    """bfloat16 ones, keyed by their place in the whole."""
+    for dialect in (HF, OPTAX):
+        whole, distributed, give = pair(
+            dialect, placement, torch.float64, state_dtype=torch.bfloat16
+        )
+        give(0)
+        whole.step()
+        distributed.step()
+        for p, q in zip(*map(stepping.params_of, (distributed, whole)), strict=True):
+            for key, value in whole.state[q].items():
+                mine = distributed.state[p][key]
+                if isinstance(mine, DTensor):
+                    assert mine.dtype is torch.bfloat16
+                    assert_close_part(mine, value, 0.0, key)
 
 
 # --- how many messages ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests.dialects import HF
 from tests.gpu.device import (
+    BACKEND,
     DEVICE,
     LAUNCH,
     LAUNCHES,
@@ -22,6 +23,7 @@ from tests.gpu.device import (
 )
 from tests.kernels.biting import EVERY_RULE, RULES, SHAPES
 from tests.kernels.judged import BF16, F16, F32
+from tests.kernels.moments import ROUNDED_RULES, assert_moments_rounded_by_their_keys
 from tests.stepping import contiguous, params_of, same_bits, strided, transposed
 
 EVERY_SHAPE = [shape for shapes in SHAPES.values() for shape in shapes]
@@ -45,15 +47,17 @@ def assert_same(ours: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) 
             assert same_bits(torch.as_tensor(value), torch.as_tensor(other[key])), (key, shape)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "extras"), [(F32, {}), (BF16, {}), (F32, {"state_dtype": BF16})], ids=str
+)
 @EVERY_RULE
 def test_both_launch_forms_and_every_run_have_the_same_bits(
-    rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rule: str, dtype: torch.dtype, extras: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
     for launch in (*LAUNCHES, *LAUNCHES):
         monkeypatch.setenv(LAUNCH, launch)
-        runs.append(run(rule, EVERY_SHAPE, dtype))
+        runs.append(run(rule, EVERY_SHAPE, dtype, **extras))
     for other in runs[1:]:
         assert_same(runs[0], other)
 
@@ -135,6 +139,14 @@ def test_rounding_is_that_function_bit_for_bit(
             else:
                 expected = round_nearest(value, dtype)
             assert same_bits(ours, expected), (t, tuple(p.shape))
+
+
+@pytest.mark.parametrize("lay_out", [contiguous, transposed, strided])
+@pytest.mark.parametrize("rule", ROUNDED_RULES)
+@pytest.mark.usefixtures("launch")
+def test_bfloat16_second_moments_are_rounded_by_their_keys(rule: str, lay_out: Any) -> None:
+    shapes = [s for s in FEW if len(s) > 1] if lay_out is transposed else FEW
+    assert_moments_rounded_by_their_keys(rule, params_on_device(shapes, F32, lay_out), BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

@@ -44,7 +44,13 @@ def warm_up(*optimizers: Any, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "extras",
-    [{}, {"max_grad_norm": 0.5}, {"nonfinite": "skip"}, {"rounding": "stochastic", "seed": 3}],
+    [
+        {},
+        {"max_grad_norm": 0.5},
+        {"nonfinite": "skip"},
+        {"rounding": "stochastic", "seed": 3},
+        {"state_dtype": BF16, "seed": 3},
+    ],
     ids=str,
 )
 @EVERY_RULE

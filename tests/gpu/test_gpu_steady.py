@@ -33,6 +33,7 @@ EXTRAS = pytest.mark.parametrize(
         {"nonfinite": "skip"},
         {"capturable": True, "max_grad_norm": 1.0, "nonfinite": "skip"},
         {"capturable": True, "fused": True},
+        {"capturable": True, "state_dtype": BF16},
     ],
     ids=lambda extras: "-".join(extras) or "plain",
 )

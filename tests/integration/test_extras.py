@@ -12,9 +12,15 @@ from torch import Tensor
 
 from fused_adafactor import backends
 from fused_adafactor.backends import cpp, reference, triton
-from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
+from fused_adafactor.rounding import (
+    RoundingKey,
+    Stream,
+    round_kahan,
+    round_nearest,
+    round_stochastic,
+)
 from tests import stepping
-from tests.dialects import DIALECTS, KERAS, TORCH, VARIANTS, Dialect
+from tests.dialects import ADAFACTOR_PYTORCH, DIALECTS, HF, KERAS, TORCH, VARIANTS, Dialect
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -127,10 +133,17 @@ def test_stochastic_rounding_follows_its_seed_alone(dialect):
 
 
 @pytest.mark.parametrize("dialect", [d for d in DIALECTS if not d.counts_globally], ids=str)
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
-def test_a_parameters_result_does_not_depend_on_its_neighbours(dialect, rounding):
-    together = build(dialect, torch.bfloat16, rounding=rounding)
-    alone = build(dialect, torch.bfloat16, rounding=rounding)
+@pytest.mark.parametrize(
+    "extras",
+    [
+        *({"rounding": rounding} for rounding in ("nearest", "stochastic", "kahan")),
+        {"state_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_a_parameters_result_does_not_depend_on_its_neighbours(dialect, extras):
+    together = build(dialect, torch.bfloat16, **extras)
+    alone = build(dialect, torch.bfloat16, **extras)
     stepping.take_steps(together, 4)
     for step in range(4):
         set_grads(alone, step, torch.bfloat16)
@@ -376,6 +389,112 @@ def test_bfloat16_state_is_near_float32_state(dialect):
         assert stepping.relative_error(p, q) < 1e-2
 
 
+MOMENTS = {"row_var": Stream.ROW_VAR, "col_var": Stream.COL_VAR, "var": Stream.VAR}
+
+
+def moments_of(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
+    """The second moments that a parameter has, by glossary name."""
+    keys = {name: optimizer.layout.key(name) for name in MOMENTS}
+    state = optimizer.state[param]
+    return {name: state[key] for name, key in keys.items() if key in state}
+
+
+# Those that keep a factor's values in the order of its key: they factor the last two dimensions.
+@pytest.mark.parametrize("dialect", [TORCH, HF, KERAS], ids=str)
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
+def test_bfloat16_second_moments_are_rounded_by_their_keys(dialect, extras):
+    """A float32 twin, from the same moments in each step, has the value that is rounded."""
+    low, twin = (
+        build(dialect, state_dtype=kind, seed=5, **extras)
+        for kind in (torch.bfloat16, torch.float32)
+    )
+    for step in range(3):
+        for optimizer in (low, twin):
+            set_grads(optimizer, step, torch.float32)
+            optimizer.step()
+        pairs = zip(*map(stepping.params_of, (low, twin)), strict=True)
+        for index, (p, q) in enumerate(pairs):
+            kept = moments_of(low, p)
+            for name, value in moments_of(twin, q).items():
+                key = RoundingKey(5, index, step + 1, MOMENTS[name])
+                assert stepping.same_bits(kept[name], round_stochastic(value, torch.bfloat16, key))
+                value.copy_(kept[name])
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_bfloat16_second_moments_follow_float32_where_nearest_stands_still(factored):
+    """They are right in the mean of all rows, columns or elements.
+
+    An error of a step is 0 in the mean and lies within one unit in the last place, so its deviation
+    is half of that, and those of many steps and elements are independent.
+    """
+    steps, beta2, share, unit = 50, 0.999, 3.0, 2**-7
+    assert round_nearest(torch.tensor(beta2 + (1 - beta2) * share), torch.bfloat16) == 1.0
+    runs = {}
+    for kind in (torch.bfloat16, torch.float32):
+        shape = (256, 256) if factored else (4096,)
+        param = torch.nn.Parameter(torch.ones(shape))
+        optimizer = ADAFACTOR_PYTORCH(
+            [param], beta2=beta2, non_constant_decay=False, ams_grad=False, state_dtype=kind
+        )
+        for step in range(steps + 1):
+            # Sums of g² along a line, or g² itself, of 3; the first step makes the state.
+            param.grad = torch.full(shape, (share / (256 if factored else 1)) ** 0.5)
+            optimizer.step()
+            for moment in moments_of(optimizer, param).values() if step == 0 else ():
+                moment.fill_(1.0)
+        runs[kind] = {k: v.double() for k, v in moments_of(optimizer, param).items()}
+    assert runs[torch.float32].keys() == ({"row_var", "col_var"} if factored else {"var"})
+    for name, exact in runs[torch.float32].items():
+        low = runs[torch.bfloat16][name]
+        deviation = unit / 2 * (steps / low.numel()) ** 0.5
+        assert low.max() < 2  # where a unit would be larger
+        assert exact.mean() - 1.0 > 2 * 5 * deviation
+        assert (low.mean() - exact.mean()).abs() < 5 * deviation
+
+
+@EVERY_DIALECT
+def test_bfloat16_second_moments_follow_their_seed_alone(dialect):
+    runs = {}
+    for name, seed, global_seed in (("a", 3, 0), ("b", 3, 1), ("c", 4, 0)):
+        torch.manual_seed(global_seed)
+        optimizer = build(dialect, state_dtype=torch.bfloat16, seed=seed)
+        stepping.take_steps(optimizer, 3)
+        runs[name] = optimizer
+    stepping.assert_same_optimizers(runs["a"], runs["b"])
+    for p, q in list(zip(*(stepping.params_of(runs[name]) for name in "ac"), strict=True))[:3]:
+        for mine, other in zip(
+            moments_of(runs["a"], p).values(), moments_of(runs["c"], q).values(), strict=True
+        ):
+            assert not stepping.same_bits(mine, other)
+
+
+def test_the_maximum_of_bfloat16_second_moments_is_rounded_to_nearest():
+    """Rounded at random, it would keep every value that came out too large."""
+    optimizer = ADAFACTOR_PYTORCH(
+        stepping.make_params([(60, 50)]), non_constant_decay=False, state_dtype=torch.bfloat16
+    )
+    stepping.take_steps(optimizer, 1)
+    (param,) = stepping.params_of(optimizer)
+    row, col = (moments_of(optimizer, param)[name].double() for name in ("row_var", "col_var"))
+    v = row * col / row.sum()
+    kept = optimizer.state[param][optimizer.layout.var_max].double()
+    half = torch.ldexp(torch.ones_like(v), v.log2().floor().int() - 8)
+    assert ((kept - v).abs() <= half * (1 + 1e-3)).all()  # v is made in float32
+
+
+@EVERY_DIALECT
+def test_bfloat16_second_moments_have_the_same_bits_with_a_counter_on_the_device(dialect):
+    on_device, on_host = (
+        build(dialect, state_dtype=torch.bfloat16, seed=7, capturable=c) for c in (True, False)
+    )
+    for optimizer in (on_device, on_host):
+        stepping.take_steps(optimizer, 4)
+    for p, q in zip(*map(stepping.params_of, (on_device, on_host)), strict=True):
+        mine, other = moments_of(on_device, p), moments_of(on_host, q)
+        assert all(map(stepping.same_bits, mine.values(), other.values()))
+
+
 @pytest.mark.parametrize(("dialect", "variant"), UPDATING, ids=str)
 @pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
 def test_capturable_gives_the_same_numbers(dialect, variant, extras):
@@ -410,15 +529,15 @@ def test_capturable_takes_its_lr_from_the_tensor_each_step(dialect):
 
 
 @EVERY_DIALECT
-def test_a_capturable_step_reads_nothing_on_the_host(dialect, monkeypatch):
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+def test_a_capturable_step_reads_nothing_on_the_host(dialect, state_dtype, monkeypatch):
     """From the second on; the first looks for the step that only creates state.
 
     Of a backend that serves devices, for which CPU tensors stand here: the C++ backend reads the
     numbers of a step, where that waits for nothing.
     """
-    optimizer = build(
-        dialect, capturable=True, nonfinite="skip", max_grad_norm=1.0, backend="reference"
-    )
+    extras = {"nonfinite": "skip", "max_grad_norm": 1.0, "state_dtype": state_dtype}
+    optimizer = build(dialect, capturable=True, backend="reference", **extras)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
     stepping.take_steps(optimizer, 1)
     # Counter and lr are checked where that waits for nothing; here they stand for device tensors.

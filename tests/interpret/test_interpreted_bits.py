@@ -18,6 +18,11 @@ from tests.dialects import HF, KERAS
 from tests.interpret.small import FEW, SMALL, SOME, assert_same, built, results, run, use
 from tests.kernels.biting import EVERY_RULE, RULES, draw
 from tests.kernels.judged import BF16, F16, F32, F64, params_in
+from tests.kernels.moments import (
+    ROUNDED_RULES,
+    assert_moments_of_the_reference,
+    assert_moments_rounded_by_their_keys,
+)
 from tests.stepping import contiguous, misaligned, params_of, same_bits, strided, transposed
 
 # --- rounding ------------------------------------------------------------------------------------
@@ -145,16 +150,60 @@ def test_numbers_of_every_kind_are_read_and_written_as_they_are(
         assert torch.equal(param.detach(), every)
 
 
+# --- second moments in bfloat16 ------------------------------------------------------------------
+
+# Of every form: elements, tiny matrices, lines, chunked ones, several slabs; aligned, and not.
+MOMENT_SHAPES = [(7,), (2050,), (3, 3), (30, 5, 5), (9, 13), (5, 257), (2, 9, 70), (16, 16)]
+
+
+@pytest.mark.parametrize("rule", ROUNDED_RULES)
+@pytest.mark.usefixtures("launch")
+def test_second_moments_are_rounded_by_their_keys(rule: str) -> None:
+    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), "triton")
+
+
+@pytest.mark.parametrize("lay_out", [transposed, strided, misaligned])
+@pytest.mark.parametrize("rule", ["hf", "no_factors"])
+def test_second_moments_of_any_layout_are_rounded_by_their_keys(rule: str, lay_out: Any) -> None:
+    shapes = [s for s in MOMENT_SHAPES if len(s) > 1] if lay_out is transposed else MOMENT_SHAPES
+    assert_moments_rounded_by_their_keys(rule, params_in(shapes, F32, lay_out), "triton")
+
+
+@pytest.mark.parametrize("extras", [{"max_grad_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("rule", ["hf", "no_factors"])
+def test_second_moments_that_are_taken_late_are_rounded_by_their_keys(
+    rule: str, extras: dict[str, Any]
+) -> None:
+    """Where they follow a norm, or where a step may be skipped."""
+    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), "triton", **extras)
+
+
+@EVERY_RULE
+def test_second_moments_are_those_of_the_reference_bit_for_bit(rule: str) -> None:
+    assert_moments_of_the_reference(rule, params_in(MOMENT_SHAPES, F64), "triton")
+
+
+@pytest.mark.parametrize("lay_out", [transposed, strided])
+def test_second_moments_of_any_layout_are_those_of_the_reference(lay_out: Any) -> None:
+    shapes = [s for s in MOMENT_SHAPES if len(s) > 1]
+    assert_moments_of_the_reference("hf", params_in(shapes, F64, lay_out), "triton")
+
+
 # --- the same bits -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype"), [*((rule, F32) for rule in RULES), ("hf", BF16), ("torch", BF16)], ids=str
+    ("rule", "dtype", "extras"),
+    [
+        *((rule, F32, {}) for rule in RULES),
+        *((rule, BF16, {"rounding": "stochastic"}) for rule in ("hf", "torch")),
+        *((rule, F32, {"state_dtype": BF16}) for rule in ("hf", "no_factors")),
+    ],
+    ids=str,
 )
 def test_both_launch_forms_have_the_same_bits(
-    rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rule: str, dtype: torch.dtype, extras: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extras = {"rounding": "stochastic"} if dtype is BF16 else {}
     runs = []
     for form in backend.LAUNCHES:
         monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, form)
@@ -219,9 +268,9 @@ def test_bits_do_not_depend_on_waves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pause_between_the_sweeps_changes_no_bit() -> None:
     """A norm that clips nothing parts the phases, and with them what is one item otherwise."""
-    for rule in ("hf", "optax-momentum", "no_factors"):
-        whole = run(rule, FEW, F32)
-        parted = run(rule, FEW, F32, nonfinite="skip")
+    for rule, kept in (("hf", F32), ("hf", BF16), ("optax-momentum", F32), ("no_factors", F32)):
+        whole = run(rule, FEW, F32, state_dtype=kept)
+        parted = run(rule, FEW, F32, state_dtype=kept, nonfinite="skip")
         for mine, other in zip(whole, parted, strict=True):
             assert same_bits(mine["param"], other["param"]), (rule, tuple(mine["param"].shape))
 

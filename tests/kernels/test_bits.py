@@ -13,7 +13,12 @@ from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, ro
 from tests import stepping
 from tests.dialects import HF, KERAS, OPTAX, Dialect
 from tests.kernels.biting import RULES, draw
-from tests.kernels.judged import BF16, F16, F32, params_in
+from tests.kernels.judged import BF16, F16, F32, F64, params_in
+from tests.kernels.moments import (
+    ROUNDED_RULES,
+    assert_moments_of_the_reference,
+    assert_moments_rounded_by_their_keys,
+)
 from tests.stepping import params_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -143,6 +148,33 @@ def test_every_number_is_read_and_written_as_it_is(lines: int, dtype: torch.dtyp
         assert torch.equal(param.detach(), every)
 
 
+# --- second moments in bfloat16 ------------------------------------------------------------------
+
+# Of every form: elements, tiny matrices, small ones in a stack, one of a slab and of several.
+MOMENT_SHAPES = [(), (7,), (1025,), (3, 3), (40, 5, 5), (33, 9), (17, 23), (9, 16, 300), (700, 300)]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("rule", ROUNDED_RULES)
+def test_second_moments_are_rounded_by_their_keys(rule: str, lay_out: Any) -> None:
+    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32, lay_out), "cpp")
+
+
+@pytest.mark.parametrize("extras", [{"max_grad_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
+def test_second_moments_that_are_taken_late_are_rounded_by_their_keys(
+    extras: dict[str, Any],
+) -> None:
+    """Where they follow a norm, or where a step may be skipped."""
+    for rule in ("hf", "no_factors"):
+        assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), "cpp", **extras)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("rule", RULES)
+def test_second_moments_are_those_of_the_reference_bit_for_bit(rule: str, lay_out: Any) -> None:
+    assert_moments_of_the_reference(rule, params_in(MOMENT_SHAPES, F64, lay_out), "cpp")
+
+
 # --- the same bits -------------------------------------------------------------------------------
 
 
@@ -166,17 +198,23 @@ def assert_same(ours: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) 
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype"), [*((rule, F32) for rule in RULES), ("hf", BF16), ("torch", BF16)], ids=str
+    ("rule", "dtype", "extras"),
+    [
+        *((rule, F32, {}) for rule in RULES),
+        *((rule, BF16, {}) for rule in ("hf", "torch")),
+        *((rule, BF16, {"state_dtype": BF16}) for rule in ("hf", "no_factors")),
+    ],
+    ids=str,
 )
 def test_bits_are_the_same_for_any_number_of_threads_and_every_time(
-    rule: str, dtype: torch.dtype
+    rule: str, dtype: torch.dtype, extras: dict[str, Any]
 ) -> None:
     before = torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 2, 3, 4, 4):
             torch.set_num_threads(threads)
-            runs.append(run(rule, SHAPES + SLABBED, dtype))
+            runs.append(run(rule, SHAPES + SLABBED, dtype, **extras))
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
@@ -217,12 +255,13 @@ def test_both_ways_to_write_a_parameter_have_the_same_bits(
         assert same_bits(*(params_of(optimizer)[0].detach() for optimizer in built))
 
 
-def test_a_pause_between_the_sweeps_changes_no_bit() -> None:
+@pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
+def test_a_pause_between_the_sweeps_changes_no_bit(state_dtype: torch.dtype) -> None:
     """A norm that clips nothing parts the phases, and with them what is one item otherwise."""
     rules = ["hf", "optax-momentum", "no_factors"]
     for rule in rules:
         shapes = SHAPES + SLABBED
-        whole = run(rule, shapes, F32)
-        parted = run(rule, shapes, F32, nonfinite="skip")
+        whole = run(rule, shapes, F32, state_dtype=state_dtype)
+        parted = run(rule, shapes, F32, state_dtype=state_dtype, nonfinite="skip")
         for mine, other in zip(whole, parted, strict=True):
             assert same_bits(mine["param"], other["param"]), (rule, tuple(mine["param"].shape))

@@ -25,6 +25,8 @@ COMPILED = [
     ("torch/defaults float32 model phases", "sm_80"),
     ("torch/defaults bfloat16 long_lines phases", "sm_90"),
     ("torch/defaults bfloat16 tiny_matrices phases", "sm_90"),
+    ("torch/bfloat16_state bfloat16 tiny_matrices persistent", "sm_90"),
+    ("adafactor_pytorch/bfloat16_state bfloat16 model persistent", "sm_90"),
 ]
 
 

@@ -292,21 +292,32 @@ def test_copies_keep_what_a_step_on_an_accelerator_looks_up():
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 def test_bfloat16_parameters_have_averages_that_do_not_stall(state_dtype):
-    """In bfloat16, torch's choice, an average that moves by less than 1/256 of itself stands."""
-    p = torch.nn.Parameter(torch.ones(1, 2, dtype=torch.bfloat16))
+    """Rounded to nearest, torch's choice, one that moves by less than 1/256 of itself stands.
+
+    Rounded at random it is right in the mean, of a thousand rows. An error of a step is 0 in the
+    mean and lies within one unit in the last place, 2**-7 here, so its deviation is half of that.
+    """
+    rows, steps, expected, t = 1024, 20, 1.0, 100_000
+    p = torch.nn.Parameter(torch.ones(rows, 2, dtype=torch.bfloat16))
     ours = Adafactor([p], state_dtype=state_dtype)
     stepping.take_steps(ours, 1)
-    expected, t = 1.0, 100_000
     ours.state[p]["row_var"].fill_(expected)
     ours.state[p]["step"].fill_(t)
-    for _ in range(20):
+    for _ in range(steps):
         p.grad = torch.full_like(p, 4.0)
         ours.step()
         t += 1
-        expected += t**-0.8 * (16.0 - expected)
+        change = t**-0.8 * (16.0 - expected)
+        assert change < 2**-8  # half a unit: to nearest there would be none
+        expected += change
+    row_var = ours.state[p]["row_var"].double()
     assert expected > 1.02
-    stalled = state_dtype is torch.bfloat16
-    assert ours.state[p]["row_var"].item() == pytest.approx(1.0 if stalled else expected, rel=1e-5)
+    if state_dtype is torch.bfloat16:
+        deviation = 2**-8 * (steps / rows) ** 0.5
+        assert abs(row_var.mean().item() - expected) < 5 * deviation
+        assert row_var.max() < 2  # where a unit would be larger
+    else:
+        assert row_var.flatten().tolist() == pytest.approx([expected] * rows, rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["plain", "clamped_by_eps1"])

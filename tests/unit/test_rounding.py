@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from fused_adafactor.rounding import (
     Rounding,
     RoundingKey,
+    Stream,
     philox_4x32,
     random_bits,
     random_bits_range,
@@ -91,7 +93,8 @@ def philox_of_python_ints(counter: tuple[int, ...], key: tuple[int, int]) -> tup
 
 def bits_of_python_ints(key: RoundingKey, element: int) -> int:
     block, lane = divmod(element, 8)
-    counter = (block % 2**32, block // 2**32, key.param_index, int(key.step) % 2**32)
+    second = block // 2**32 + key.stream * 2**28
+    counter = (block % 2**32, second, key.param_index, int(key.step) % 2**32)
     words = philox_of_python_ints(counter, (key.seed % 2**32, key.seed // 2**32))
     return words[lane // 2] // (2**16 if lane % 2 else 1) % 2**16
 
@@ -228,12 +231,14 @@ class TestRandomBits:
         assert random_bits(key, torch.arange(8)).tolist() == expected
         assert random_bits_range(key, 8).tolist() == expected
 
-    @pytest.mark.parametrize("start", [0, 2**31 - 5, 2**32 - 5, 2**35 - 5, 2**40 + 3, 2**62 - 5])
-    def test_layout_at_any_index(self, start: int) -> None:
-        expected = [bits_of_python_ints(KEY, e) for e in range(start, start + 19)]
-        elements = torch.arange(start, start + 19)
-        assert random_bits(KEY, elements).tolist() == expected
-        assert random_bits_range(KEY, 19, start=start).tolist() == expected
+    @pytest.mark.parametrize("stream", Stream)
+    @pytest.mark.parametrize("start", [0, 2**31 - 5, 2**32 - 5, 2**35 - 5, 2**40 + 3, 2**63 - 20])
+    def test_layout_at_any_index(self, start: int, stream: Stream) -> None:
+        key = replace(KEY, stream=stream)
+        expected = [bits_of_python_ints(key, e) for e in range(start, start + 19)]
+        elements = torch.arange(19) + start
+        assert random_bits(key, elements).tolist() == expected
+        assert random_bits_range(key, 19, start=start).tolist() == expected
 
     @pytest.mark.parametrize("start", range(9))
     @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 17])
@@ -255,6 +260,8 @@ class TestRandomBits:
             RoundingKey(seed=1 << 32, param_index=0, step=0),
             RoundingKey(seed=0, param_index=1, step=0),
             RoundingKey(seed=0, param_index=0, step=1),
+            RoundingKey(seed=0, param_index=0, step=0, stream=Stream.ROW_VAR),
+            RoundingKey(seed=0, param_index=0, step=0, stream=Stream.COL_VAR),
         ]
         streams = [random_bits_range(key, 4096) for key in keys]
         streams += [random_bits_range(keys[0], 4096, start=s) for s in (4096, 1 << 32, 1 << 35)]
@@ -262,6 +269,11 @@ class TestRandomBits:
             for other in streams[:i]:
                 # Independent 16-bit values agree 4096 / 65536 times on average; 6 has p < 1e-10.
                 assert int((one == other).sum()) < 6
+
+    def test_an_unfactored_moment_has_the_bits_of_row_var(self) -> None:
+        """No tensor has both; the values are the contract with the kernels."""
+        assert [int(stream) for stream in Stream] == [0, 1, 2]
+        assert Stream.VAR is Stream.ROW_VAR
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64])
     def test_step_tensor_equals_step_int(self, dtype: torch.dtype) -> None:

@@ -75,6 +75,11 @@ FA_HD uint16_t to_bfloat16_stochastic(float value, uint32_t random16) {
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
 
+// What is rounded: each has random bits of its own, as rounding.Stream says. They follow the name, not the layout: where
+// lines are columns, line_var is col_var. An unfactored var takes those of row_var.
+enum Stream : uint32_t { kParamStream = 0, kRowVarStream = 1, kColVarStream = 2 };
+constexpr int kStreamShift = 28;  // in the second word of the counter
+
 }  // namespace fused_adafactor
 
 #endif  // FUSED_ADAFACTOR_FORMULAS_H

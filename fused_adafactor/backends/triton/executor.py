@@ -393,7 +393,7 @@ class Executor:
         """What is new in this step."""
         self.grads.send(addresses or [0] * len(self.params))
         self.numbers.send_mixed([x for cohort in self.cohorts for x in numbers_row(*cohort)])
-        if any(group.traits.STOCHASTIC for group in self.groups):
+        if any(group.traits.draws for group in self.groups):
             self.integers.send_mixed(
                 [x for cohort, _ in self.cohorts for x in integers_row(cohort)]
             )

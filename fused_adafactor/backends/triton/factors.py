@@ -14,18 +14,19 @@ from fused_adafactor.backends.triton.formulas import (
     root,
 )
 from fused_adafactor.backends.triton.memory import hinted, in_scratch, number, pointer
-from fused_adafactor.backends.triton.update import new_factor
+from fused_adafactor.backends.triton.update import new_factor, random_of_factor
 
 
 @triton.jit
 def finish_columns(
-    row, rule, scratch, matrix, part, column, mask, square, weighted, V: tl.constexpr
+    row, rule, integers, scratch, matrix, part, column, mask, square, weighted, V: tl.constexpr
 ):
     """New second moments across the lines of a matrix, of some columns whose sums are complete.
 
     Args:
         row: The tensor.
         rule: Its numbers.
+        integers: Seed and step.
         scratch: Where its sums are.
         matrix: Number of the matrix.
         part: Number of the part that these columns are.
@@ -40,7 +41,8 @@ def finish_columns(
     grad_sq = tl.sum(tl.where(mask, square, 0.0).to(tl.float64), 0)
     place = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V) + matrix * cols + column
     old = tl.load(place, mask=mask, other=0.0).to(V.MATH)
-    cross = tl.where(mask, new_factor(old, square, rows, rule, V), 0.0)
+    random = random_of_factor(row, integers, matrix * cols + column, True, V)
+    cross = tl.where(mask, new_factor(old, square, rows, random, rule, V), 0.0)
     positive = cross > 0.0
     share = tl.where(positive, quotient(weighted, tl.where(positive, cross, 1.0)), 0.0)
     tl.store(in_scratch(row, scratch, f.CROSS, V.MATH) + matrix * cols + column, cross, mask=mask)
@@ -56,7 +58,7 @@ def finish_columns(
 
 
 @triton.jit
-def finish_lines(row, rule, scratch, factor, matrix, part, begin, end, V: tl.constexpr):
+def finish_lines(row, rule, integers, scratch, factor, matrix, part, begin, end, V: tl.constexpr):
     """What the second moments of some lines of a matrix add up to, from begin to end."""
     VECTOR: tl.constexpr = V.VECTOR
     rows = tl.load(row + f.ROWS)
@@ -72,7 +74,8 @@ def finish_lines(row, rule, scratch, factor, matrix, part, begin, end, V: tl.con
         if V.NORM_CLIPPED:
             # What was summed is the raw gradient: its norm was not known yet.
             old = tl.load(old_lines + line, mask=mask, other=0.0).to(V.MATH)
-            x = new_factor(old, x * (factor * factor), tl.load(row + f.COLS), rule, V)
+            random = random_of_factor(row, integers, matrix * rows + line, False, V)
+            x = new_factor(old, x * (factor * factor), tl.load(row + f.COLS), random, rule, V)
             x = tl.where(mask, x, 0.0)
             tl.store(lines + line, x, mask=mask)
         total += x.to(tl.float64)
@@ -92,7 +95,7 @@ def _part(row, scratch, matrix, part):
 
 
 @triton.jit(noinline=True)
-def merge(row, rule, scratch, factor, item, V: tl.constexpr):
+def merge(row, rule, integers, scratch, factor, item, V: tl.constexpr):
     """Add up the sums of the slabs of a matrix, of some columns, in the order of the slabs."""
     COLS: tl.constexpr = V.MERGE_COLS
     parts = tl.load(row + f.PARTS)
@@ -115,12 +118,11 @@ def merge(row, rule, scratch, factor, item, V: tl.constexpr):
             weighted += tl.sum(tl.load(place + cols, mask=here, other=0.0), 0)
     if V.NORM_CLIPPED:
         square = square * (factor * factor)
-    finish_columns(row, rule, scratch, matrix, part, column, mask, square, weighted, V)
+    finish_columns(row, rule, integers, scratch, matrix, part, column, mask, square, weighted, V)
     lines = tl.load(row + f.PART_LINES)
     begin = tl.minimum(part * lines, rows)
-    finish_lines(
-        row, rule, scratch, factor, matrix, part, begin, tl.minimum(begin + lines, rows), V
-    )
+    end = tl.minimum(begin + lines, rows)
+    finish_lines(row, rule, integers, scratch, factor, matrix, part, begin, end, V)
 
 
 @triton.jit

@@ -127,6 +127,12 @@ PART_CROSS_MAX = tl.constexpr(6)
 PART_GRAD_SQ = tl.constexpr(7)
 PART_FIELDS = tl.constexpr(8)
 
+# What is rounded, and has random bits of its own; see ``rounding.Stream``.
+PARAM_STREAM = tl.constexpr(0)
+ROW_VAR_STREAM = tl.constexpr(1)
+VAR_STREAM = tl.constexpr(1)
+COL_VAR_STREAM = tl.constexpr(2)
+
 # How the second moments of a tensor come about; see ``slabs.Form``.
 UNFACTORED = tl.constexpr(0)
 FACTORED = tl.constexpr(1)

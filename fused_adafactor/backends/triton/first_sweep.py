@@ -21,6 +21,7 @@ from fused_adafactor.backends.triton.update import (
     new_factor,
     new_var,
     numerator,
+    random_of_factor,
     tiny_factors,
     update_of,
 )
@@ -59,7 +60,7 @@ def _sum_of_chunks(row, scratch, line, mask, V: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constexpr):
+def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constexpr):
     """Sums over a slab of lines of matrices, along them and across; final second moments of lines.
 
     ``WIDTH`` is that of a tile, which holds whole lines, or a chunk of very long ones.
@@ -90,6 +91,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
             line_mask = line < last
             mask = line_mask[:, None] & col_mask[None, :]
             k = (line * cols + first_col)[:, None] + column[None, :]
+            random = random_of_factor(row, integers, line, False, V)  # before registers are full
             raw = read_unclipped(row, rule, grad, k, mask, V)
             if V.VALUE_CLIP:
                 # An Inf must not hide behind the clip.
@@ -107,7 +109,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
                 new = line_sq
             else:
                 old = tl.load(old_lines + line, mask=line_mask, other=0.0).to(V.MATH)
-                new = new_factor(old, line_sq, tl.load(row + f.COLS), rule, V)
+                new = new_factor(old, line_sq, tl.load(row + f.COLS), random, rule, V)
             if chunk == 0:
                 tl.store(lines + line, new, mask=line_mask)
             if V.WEIGHS:
@@ -133,7 +135,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
 
 
 @triton.jit(noinline=True)
-def sum_flat(row, rule, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
+def sum_flat(row, rule, integers, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
     """Sums over elements that have no lines: of an unfactored tensor, or of tiny matrices."""
     TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
     # What a tiny matrix looks at is in the cache.
@@ -149,7 +151,9 @@ def sum_flat(row, rule, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr
         grad_sq = tl.fma(raw, raw, grad_sq)
         if V.MEASURES and not V.NORM_CLIPPED:
             g = clipped(raw, rule, 1.0, V)
-            inverse_v, _, _ = flat_factors(row, rule, grad, 1.0, g, k, mask, TINY, V)
+            inverse_v, _, _ = flat_factors(
+                row, rule, integers, grad, 1.0, g, first, k, mask, TINY, V
+            )
             u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
             update_sq = tl.fma(u, u, update_sq)
         if V.PARAM_RMS:
@@ -174,19 +178,21 @@ def elements_of(row, slab, V: tl.constexpr):
 
 
 @triton.jit
-def flat_factors(row, rule, grad, factor, g, k, mask, TINY: tl.constexpr, V: tl.constexpr):
+def flat_factors(
+    row, rule, integers, grad, factor, g, first, k, mask, TINY: tl.constexpr, V: tl.constexpr
+):
     """1 / sqrt(v) of such elements, and what has to be stored of it: v, or row_var and col_var."""
     if TINY:
-        inverse_v, first, second = tiny_factors(row, rule, grad, factor, k, mask, V)
+        inverse_v, var, col_var = tiny_factors(row, rule, integers, grad, factor, k, mask, V)
     else:
-        first = new_var(row, rule, g, k, mask, V)
-        inverse_v = inverse_root(first)
-        second = first
-    return inverse_v, first, second
+        var = new_var(row, rule, integers, g, first, k, mask, V)
+        inverse_v = inverse_root(var)
+        col_var = var
+    return inverse_v, var, col_var
 
 
 @triton.jit
-def sum_unit(row, rule, grad, scratch, unit, V: tl.constexpr):
+def sum_unit(row, rule, integers, grad, scratch, unit, V: tl.constexpr):
     """The sums of a unit, whatever its form."""
     form = tl.load(row + f.FORM)
     if V.LINES:
@@ -194,13 +200,13 @@ def sum_unit(row, rule, grad, scratch, unit, V: tl.constexpr):
             width = tl.load(row + f.WIDTH)
             for i in tl.static_range(len(V.WIDTHS)):
                 if width == V.WIDTHS[i]:
-                    sum_lines(row, rule, grad, scratch, unit, V.WIDTHS[i], V)
+                    sum_lines(row, rule, integers, grad, scratch, unit, V.WIDTHS[i], V)
     if V.UNFACTORED:
         if form == f.UNFACTORED:
-            sum_flat(row, rule, grad, scratch, unit, False, V)
+            sum_flat(row, rule, integers, grad, scratch, unit, False, V)
     if V.TINY:
         if form == f.TINY:
-            sum_flat(row, rule, grad, scratch, unit, True, V)
+            sum_flat(row, rule, integers, grad, scratch, unit, True, V)
 
 
 @triton.jit

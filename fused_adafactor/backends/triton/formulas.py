@@ -101,9 +101,9 @@ def stored(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def random16(element, seed, param_index, step):
+def random16(element, seed, param_index, step, stream):
     """The 16 random bits of each element: one Philox-4x32-10 for each of them."""
-    words = _rounding_block(element >> 3, seed, param_index, step)
+    words = _rounding_block(element >> 3, seed, param_index, step, stream)
     pair = (element & 7) >> 1
     low = tl.where(pair == 0, words[0], words[1])
     high = tl.where(pair == 2, words[2], words[3])
@@ -112,18 +112,21 @@ def random16(element, seed, param_index, step):
 
 
 @triton.jit
-def random16_of_blocks(block, seed, param_index, step):
+def random16_of_blocks(block, seed, param_index, step, stream):
     """The same for whole blocks [n, m], of 8 elements each: [n, 8 m], one Philox for each block."""
-    w0, w1, w2, w3 = _rounding_block(block, seed, param_index, step)
+    w0, w1, w2, w3 = _rounding_block(block, seed, param_index, step, stream)
     even = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return tl.interleave(even & 0xFFFF, even >> 16)
 
 
 @triton.jit
-def _rounding_block(block, seed, param_index, step):
-    """Counter (block, parameter, step), key the seed; see ``rounding.random_bits``."""
+def _rounding_block(block, seed, param_index, step, stream):
+    """Counter (block and stream, parameter, step), key the seed; see ``rounding.random_bits``."""
     c0 = block.to(tl.uint32)
-    c1 = (block >> 32).to(tl.uint32)
+    c1 = tl.full(c0.shape, 0, tl.int64) + (stream << 28)
+    if block.dtype == tl.int64:  # one of int32 has no high half
+        c1 = c1 | (block >> 32)
+    c1 = c1.to(tl.uint32)
     c2 = tl.full(c0.shape, 0, tl.uint32) + param_index.to(tl.uint32)
     c3 = tl.full(c0.shape, 0, tl.uint32) + step.to(tl.uint32)
     return tl.philox(seed, c0, c1, c2, c3)

@@ -70,7 +70,7 @@ def run_item(
             if V.CHUNKED:
                 if chunks > 1:
                     wait_for(progress + f.CHUNKS_DONE + unit // chunks, chunks, V)
-            sum_unit(row, rule, grad, scratch, unit, V)
+            sum_unit(row, rule, key, grad, scratch, unit, V)
             count_up(progress + f.STATS_DONE, V)
     if V.KINDS[f.TOTAL_KIND]:
         if kind == f.TOTAL_KIND:
@@ -80,7 +80,7 @@ def run_item(
         if kind == f.MERGE_KIND:
             if not V.JOINED:
                 wait_for(progress + f.STATS_DONE, units, V)
-            merge(row, rule, scratch, factor, unit, V)
+            merge(row, rule, key, scratch, factor, unit, V)
             count_up(progress + f.MERGES_DONE, V)
     if V.KINDS[f.FINALIZE_KIND]:
         if kind == f.FINALIZE_KIND:
@@ -95,7 +95,7 @@ def run_item(
         if kind == f.UPDATE_RMS_KIND:
             wait_for(progress + f.FINALIZED, 1, V)
             if tl.load(outcome + f.UNKNOWN) > 0:
-                measure_unit(row, rule, grad, factor, scratch, unit, V)
+                measure_unit(row, rule, key, grad, factor, scratch, unit, V)
             count_up(progress + f.RMS_DONE, V)
     if V.MEASURES and V.KINDS[f.MEASURE_KIND]:
         if kind == f.MEASURE_KIND:

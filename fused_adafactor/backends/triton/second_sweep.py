@@ -13,6 +13,7 @@ from fused_adafactor.backends.triton.formulas import (
     quotient,
     random16,
     random16_of_blocks,
+    round_nearest,
     stored,
     to_bfloat16_stochastic,
 )
@@ -94,7 +95,9 @@ def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V:
 
 
 @triton.jit(noinline=True)
-def measure_flat(row, rule, grad, factor, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
+def measure_flat(
+    row, rule, integers, grad, factor, scratch, unit, TINY: tl.constexpr, V: tl.constexpr
+):
     """Σ u² of elements that have no lines, where the norm to clip by is known only now."""
     TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE
     total = tl.zeros((1, TILE), V.MATH)
@@ -103,7 +106,9 @@ def measure_flat(row, rule, grad, factor, scratch, unit, TINY: tl.constexpr, V: 
         k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
         g = read_grad(row, rule, grad, factor, k, mask, V)
-        inverse_v, _, _ = flat_factors(row, rule, grad, factor, g, k, mask, TINY, V)
+        inverse_v, _, _ = flat_factors(
+            row, rule, integers, grad, factor, g, first, k, mask, TINY, V
+        )
         u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
         total = tl.fma(u, u, total)
     sums = in_scratch(row, scratch, f.SUMS, tl.float64) + unit * f.UNIT_SUMS
@@ -131,7 +136,7 @@ def apply_lines(
             line_factor, line_var = _line_factors(row, scratch, line, here, V)
             if unit % chunks == 0:
                 place = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V) + line
-                tl.store(place, line_var.to(V.MOMENT), mask=here)
+                tl.store(place, round_nearest(line_var, V.MOMENT), mask=here)
             for column in tl.range(first_col, last_col, SPAN, num_stages=V.STAGES):
                 col = hinted(column, V) + tl.arange(0, SPAN)
                 col_mask = col < hinted(last_col, V)
@@ -150,7 +155,7 @@ def apply_lines(
             for column in range(first_col, last_col, SPAN):
                 col = column + tl.arange(0, SPAN)
                 cross = tl.load(crossing + col, mask=col < last_col)
-                tl.store(place + col, cross.to(V.MOMENT), mask=col < last_col)
+                tl.store(place + col, round_nearest(cross, V.MOMENT), mask=col < last_col)
 
 
 @triton.jit(noinline=True)
@@ -164,7 +169,9 @@ def apply_flat(
         k = hinted(first, V) + tl.arange(0, TILE)[None, :]
         mask = k < hinted(tl.minimum(first + step, end), V)
         g = read_grad(row, rule, grad, factor, k, mask, V, True)
-        inverse_v, var, col_var = flat_factors(row, rule, grad, factor, g, k, mask, TINY, V)
+        inverse_v, var, col_var = flat_factors(
+            row, rule, integers, grad, factor, g, first, k, mask, TINY, V
+        )
         base = tl.zeros((1,), tl.int64) + first
         _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, TILE, V)
         if TINY:
@@ -174,7 +181,7 @@ def apply_flat(
 
 
 @triton.jit
-def measure_unit(row, rule, grad, factor, scratch, unit, V: tl.constexpr):
+def measure_unit(row, rule, integers, grad, factor, scratch, unit, V: tl.constexpr):
     """The third sweep of a unit, whatever its form."""
     form = tl.load(row + f.FORM)
     if V.LINES:
@@ -185,10 +192,10 @@ def measure_unit(row, rule, grad, factor, scratch, unit, V: tl.constexpr):
                     measure_lines(row, rule, grad, factor, scratch, unit, V.SPANS[i], V)
     if V.UNFACTORED and V.NORM_CLIPPED:
         if form == f.UNFACTORED:
-            measure_flat(row, rule, grad, factor, scratch, unit, False, V)
+            measure_flat(row, rule, integers, grad, factor, scratch, unit, False, V)
     if V.TINY and V.NORM_CLIPPED:
         if form == f.TINY:
-            measure_flat(row, rule, grad, factor, scratch, unit, True, V)
+            measure_flat(row, rule, integers, grad, factor, scratch, unit, True, V)
 
 
 @triton.jit
@@ -262,9 +269,9 @@ def _random(row, integers, first, k, SPAN: tl.constexpr, V: tl.constexpr):
     index = tl.load(row + f.PARAM_INDEX)
     if V.WHOLE_BLOCKS:
         block = (first >> 3)[:, None] + tl.arange(0, SPAN // 8)[None, :]
-        random = random16_of_blocks(block, seed, index, step)
+        random = random16_of_blocks(block, seed, index, step, f.PARAM_STREAM)
     else:
-        random = random16(offset_of(row, f.LOGICAL, k, V), seed, index, step)
+        random = random16(offset_of(row, f.LOGICAL, k, V), seed, index, step, f.PARAM_STREAM)
     return random
 
 

@@ -12,8 +12,12 @@ from fused_adafactor.backends.triton.formulas import (
     inverse_root,
     new_moment,
     quotient,
+    random16,
+    random16_of_blocks,
     root,
+    round_nearest,
     stored,
+    to_bfloat16_stochastic,
 )
 from fused_adafactor.backends.triton.memory import number, pointer, read, read_grad
 
@@ -27,11 +31,42 @@ def mean_or_sum(total, count, rule, V: tl.constexpr):
 
 
 @triton.jit
-def new_factor(old, total, count, rule, V: tl.constexpr):
+def random_of_factor(row, integers, element, ACROSS: tl.constexpr, V: tl.constexpr):
+    """Random bits of second moments of lines, or of what lies across them; 0 where none are wanted.
+
+    ``element`` is the number of each in its entry of the state.
+    """
+    random = tl.zeros(element.shape, tl.uint32)
+    if V.MOMENT == tl.bfloat16:
+        # The stream follows the name: lines are columns where the matrix lies the other way.
+        swapped = tl.load(row + f.SWAPPED)
+        stream = f.COL_VAR_STREAM - swapped if ACROSS else f.ROW_VAR_STREAM + swapped
+        seed = tl.load(integers + f.SEED)
+        step = tl.load(integers + f.STEP)
+        INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+        random = random16(element.to(INDEX), seed, tl.load(row + f.PARAM_INDEX), step, stream)
+    return random
+
+
+@triton.jit
+def stored_moment(value, random, V: tl.constexpr):
+    """A second moment as it will be read back.
+
+    In bfloat16 it is rounded at random: an average that is rounded to nearest stalls.
+    """
+    if V.MOMENT == tl.bfloat16:
+        result = to_bfloat16_stochastic(value.to(tl.float32), random).to(V.MATH)
+    else:
+        result = stored(value, V.MOMENT)
+    return result
+
+
+@triton.jit
+def new_factor(old, total, count, random, rule, V: tl.constexpr):
     """Second moment of rows or columns, as it will be read back."""
     value = mean_or_sum(total, count, rule, V)
     new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
-    return stored(new, V.MOMENT)
+    return stored_moment(new, random, V)
 
 
 @triton.jit
@@ -54,43 +89,65 @@ def numerator(row, rule, grad, k, mask, V: tl.constexpr):
 
 
 @triton.jit
-def new_var(row, rule, grad, k, mask, V: tl.constexpr):
-    """Unfactored second moment after this step, as it will be read back."""
+def new_var(row, rule, integers, grad, first, k, mask, V: tl.constexpr):
+    """Unfactored second moment after this step, as it will be read back.
+
+    Its elements k [1, n] begin with ``first``, a multiple of 8, and are numbered row-major: there
+    is no view.
+    """
     old = read(row, f.VAR, f.STATE_STRIDES, V.MOMENT, k, mask, V)
     value = tl.fma(grad, grad, number(rule, f.ADDED, V))
     new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
-    return stored(new, V.MOMENT)
+    random = tl.zeros(k.shape, tl.uint32)
+    if V.MOMENT == tl.bfloat16:
+        BLOCKS: tl.constexpr = k.shape[1] // 8
+        block = (tl.zeros((1,), tl.int64) + (first >> 3))[:, None] + tl.arange(0, BLOCKS)[None, :]
+        seed = tl.load(integers + f.SEED)
+        step = tl.load(integers + f.STEP)
+        index = tl.load(row + f.PARAM_INDEX)
+        random = random16_of_blocks(block, seed, index, step, f.VAR_STREAM)
+    return stored_moment(new, random, V)
 
 
 @triton.jit
-def tiny_factors(row, rule, grad, factor, k, mask, V: tl.constexpr):
+def _tiny_places(row, k, V: tl.constexpr):
+    """Rows and columns of tiny matrices; for each element its matrix, and its row and column."""
+    INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32  # the wide one takes twice the registers
+    rows = tl.load(row + f.MATRIX_ROWS).to(INDEX)
+    cols = tl.load(row + f.MATRIX_COLS).to(INDEX)
+    k = k.to(INDEX)
+    return rows, cols, k // (rows * cols), k // cols % rows, k % cols
+
+
+@triton.jit
+def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
     """The factors of tiny matrices, for each element: 1 / sqrt(v), row_var and col_var.
 
     Every element takes the sums of its own row, its own column and all rows, from the L1 cache.
     """
-    rows = tl.load(row + f.MATRIX_ROWS)
-    cols = tl.load(row + f.MATRIX_COLS)
-    matrix = k // (rows * cols)
-    own_row = (k // cols % rows).to(tl.int32)
-    own_col = (k % cols).to(tl.int32)
+    rows, cols, matrix, own_row, own_col = _tiny_places(row, k, V)
     row_var = tl.zeros(k.shape, V.MATH)
     col_sq = tl.zeros(k.shape, V.MATH)
     total = tl.zeros(k.shape, V.MATH)
     line_var = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V)
     cross_var = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V)
     for i in range(0, rows):
+        element = matrix * rows + i
+        random = random_of_factor(row, integers, element, False, V)  # before registers are full
         row_sq = tl.zeros(k.shape, V.MATH)
         for j in range(0, cols):
             x = read_grad(row, rule, grad, factor, (matrix * rows + i) * cols + j, mask, V)
             square = x * x
             row_sq += square
             col_sq += tl.where(own_col == j, square, 0.0)
-        old = tl.load(line_var + matrix * rows + i, mask=mask, other=0.0).to(V.MATH)
-        new = new_factor(old, row_sq, cols, rule, V)
+        old = tl.load(line_var + element, mask=mask, other=0.0).to(V.MATH)
+        new = new_factor(old, row_sq, cols, random, rule, V)
         total += new
         row_var = tl.where(own_row == i, new, row_var)
-    old = tl.load(cross_var + matrix * cols + own_col, mask=mask, other=0.0).to(V.MATH)
-    col_var = new_factor(old, col_sq, rows, rule, V)
+    element = matrix * cols + own_col
+    old = tl.load(cross_var + element, mask=mask, other=0.0).to(V.MATH)
+    random = random_of_factor(row, integers, element, True, V)
+    col_var = new_factor(old, col_sq, rows, random, rule, V)
     many = tl.zeros(k.shape, V.MATH) + rows.to(V.MATH)
     mean = tl.where(number(rule, f.SUM_MOMENTS, V) > 0, total, quotient(total, many))
     least = number(rule, f.LEAST_NORM, V)
@@ -102,16 +159,16 @@ def tiny_factors(row, rule, grad, factor, k, mask, V: tl.constexpr):
 @triton.jit
 def write_tiny_factors(row, row_var, col_var, k, mask, V: tl.constexpr):
     """Store the second moments of tiny matrices, once nobody reads the old ones any more."""
-    rows = tl.load(row + f.MATRIX_ROWS)
-    cols = tl.load(row + f.MATRIX_COLS)
-    matrix = k // (rows * cols)
+    rows, cols, matrix, own_row, own_col = _tiny_places(row, k, V)
     line_var = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V)
     cross_var = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V)
-    own_row = k // cols % rows
-    own_col = k % cols
     tl.debug_barrier()
-    tl.store(line_var + matrix * rows + own_row, row_var.to(V.MOMENT), mask=mask & (own_col == 0))
-    tl.store(cross_var + matrix * cols + own_col, col_var.to(V.MOMENT), mask=mask & (own_row == 0))
+    first_in_row = mask & (own_col == 0)
+    first_in_col = mask & (own_row == 0)
+    row_var = round_nearest(row_var, V.MOMENT)
+    col_var = round_nearest(col_var, V.MOMENT)
+    tl.store(line_var + matrix * rows + own_row, row_var, mask=first_in_row)
+    tl.store(cross_var + matrix * cols + own_col, col_var, mask=first_in_col)
 
 
 @triton.jit
@@ -124,6 +181,8 @@ def update_of(row, rule, grad, inverse_v, k, mask, V: tl.constexpr):
         var = inverse(inverse_v * inverse_v)
         old = read(row, f.VAR_MAX, f.STATE_STRIDES, V.MOMENT, k, mask, V)
         larger = (var > old) | (var != var)  # NaN of either stays
+        # To nearest: a maximum of values that are rounded at random would keep every one that
+        # came out too large.
         var_max = stored(tl.where(larger, var, old), V.MOMENT)
         below = root(var_max * number(rule, f.AMSGRAD_SCALE, V)) + number(rule, f.EPS1, V)
         value = quotient(num, below)

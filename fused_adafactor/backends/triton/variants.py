@@ -120,6 +120,11 @@ class Variant(NamedTuple):
     MATRICES: int = 32
     PARTS: int = 32
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is rounded with random bits: parameters, or second moments."""
+        return self.STOCHASTIC or self.MOMENT is tl.bfloat16
+
 
 def traits_of(b: Binding, geometry: Geometry) -> Variant:
     """The traits of a tensor; its gradient will be as well aligned as it is."""
