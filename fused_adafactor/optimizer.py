@@ -6,7 +6,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -15,11 +15,12 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from fused_adafactor import backends
-from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
+from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.compiling import uncompiled
 from fused_adafactor.counting import counter
 from fused_adafactor.engine import Engine
 from fused_adafactor.in_backward import BackwardStep
+from fused_adafactor.metrics import Metrics
 from fused_adafactor.partial import PartialOptimizer
 from fused_adafactor.rule import StepCount
 from fused_adafactor.spec import spec_of
@@ -31,7 +32,7 @@ class AdafactorBase(PartialOptimizer):
     Args:
         params: Parameters, named parameters, or param groups, as for any torch optimizer.
         defaults: The dialect's own hyperparameters.
-        extras: The arguments of ``Extras``.
+        extras: The arguments of ``arguments.Extras``.
 
     Raises:
         TypeError: An unknown extra, or a hyperparameter given as text.
@@ -44,7 +45,9 @@ class AdafactorBase(PartialOptimizer):
     # What steps in the backward pass, while something does; never copied, pickled or saved.
     _in_backward: BackwardStep | None = None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], extras: Mapping[str, object]
+    ) -> None:
         """Check the extras and build the param groups."""
         given = dict(extras)
         self.backend = cast(str, given.pop("backend", "auto"))
@@ -268,6 +271,46 @@ class AdafactorBase(PartialOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # Read by torch's GradScaler. Derived from the groups, so it survives deepcopy and pickle.
         return any(group.get("fused") for group in self.param_groups)
+
+    @torch.no_grad()
+    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
+        """Write the averages of use_ema to the parameters, as Keras' ``fit`` does at its end.
+
+        Args:
+            var_list: These parameters only; None for all.
+
+        Raises:
+            ValueError: A parameter that is not this optimizer's.
+        """
+        layout = self.layout
+        params = self._all_params() if var_list is None else list(var_list)
+        for param, id in zip(params, self._find(params), strict=True):
+            state = self.state.get(param, {})
+            if self.param_groups[id.group]["use_ema"] and layout.average in state:
+                param.copy_(state[layout.average])
+                if layout.compensation in state:  # it belongs to the value that was overwritten
+                    state[layout.compensation].zero_()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients together at the last update, before clipping; 0-d, on a device.
+
+        None before an update under ``max_grad_norm``, ``clipnorm``, ``global_clipnorm`` or
+        ``nonfinite="skip"``, which are what it is computed for. Of gradients of several devices it
+        is on that of the first. After the replay of a CUDA graph it is that of the replay.
+        """
+        return None if self._engine.grad_sq is None else self._engine.grad_sq.sqrt()
+
+    def metrics(self) -> dict[str, Metrics]:
+        """What the last update of each parameter has found out of it; see ``Metrics``.
+
+        By the parameter's name, or "#" and its position among all parameters. The numbers fall out
+        of the step and are only read here, which waits for the device. A parameter is absent that
+        has no elements, has not been updated yet, or whose update has been prepared anew since.
+        """
+        known = [self._known, *(self._partial_steps or {}).values()]
+        found = self._engine.metrics(each.prepared for each in known if each is not None)
+        return {id.label: found[id] for _, _, id in self._ids() if id in found}
 
     def explain(self) -> str:
         """The plan of a step as a table: per tensor the backend, launch, sweeps, bytes, and why.

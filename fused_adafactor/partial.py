@@ -16,14 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 from typing_extensions import override
 
-from fused_adafactor.preparing import (
-    Draft,
-    Known,
-    Placed,
-    PreparingOptimizer,
-    Ready,
-    moves_without_grad,
-)
+from fused_adafactor.preparing import Draft, Known, Placed, PreparingOptimizer, Ready
 from fused_adafactor.rule import Nonfinite, Rule, StepCount
 from fused_adafactor.spec import TensorId
 
@@ -91,7 +84,7 @@ class PartialOptimizer(PreparingOptimizer):
         some = [
             (self.param_groups[id.group], param, id)
             for param, id in zip(params, ids, strict=True)
-            if param.grad is not None or moves_without_grad(rules[id.group])
+            if param.grad is not None or rules[id.group].moves_without_grad
         ]
         if not some:
             return

@@ -178,7 +178,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         drafts = []
         for group, param, id in placed:
             rule = self._param_rule(rules[id.group], id, param)
-            if param.grad is None and (not moves_without_grad(rule) or param not in self.state):
+            if param.grad is None and (not rule.moves_without_grad or param not in self.state):
                 continue
             grad = param if param.grad is None else param.grad
             spec = spec_of(id, param, grad, rule)
@@ -274,7 +274,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             cohort.scalars, updates = evaluated[key]
             if cohort.has_grad:
                 cohort.activity = Activity.UPDATE if updates else Activity.ACCUMULATE
-            elif updates and rule.accumulation_steps > 1:
+            elif updates and rule.loses_without_grad:
                 cohort.activity = Activity.DROP
             else:
                 cohort.activity = Activity.AVERAGE
@@ -306,11 +306,6 @@ class PreparingOptimizer(CheckpointedOptimizer):
                 self.state[param], spec, rule, self.layout, param, counter_device(group, param)
             )
         return True
-
-
-def moves_without_grad(rule: Rule) -> bool:
-    """Whether a call does anything to a tensor that has no gradient."""
-    return rule.weight_average is not None or rule.accumulation_steps > 1
 
 
 def _is_zero(lr: float | Tensor | Callable[..., Any] | None) -> bool:

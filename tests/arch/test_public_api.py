@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import fused_adafactor
-from fused_adafactor.arguments import EXTRA_DEFAULTS, Extras, TorchExtras
+from fused_adafactor.arguments import EXTRA_DEFAULTS
 
 CONSTRUCTORS = {
     "torch.Adafactor": (
@@ -106,11 +107,24 @@ def test_the_extras_have_the_documented_defaults() -> None:
         "fused": None,
         "foreach": None,
         "differentiable": False,
+        "clipnorm": None,
+        "clipvalue": None,
+        "global_clipnorm": None,
+        "use_ema": False,
+        "ema_momentum": 0.99,
+        "ema_overwrite_frequency": None,
+        "loss_scale_factor": None,
+        "gradient_accumulation_steps": None,
     }
-    assert set(Extras.__annotations__) | set(TorchExtras.__annotations__) == {
-        "backend",
-        *EXTRA_DEFAULTS,
-    }
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_extra_is_an_argument_of_every_dialect(name: str) -> None:
+    """Each once: what its peer has too is an argument of its own."""
+    parameters = inspect.signature(_class(name)).parameters
+    (extras,) = get_args(get_type_hints(_class(name).__init__, include_extras=True)["extras"])
+    assert set(parameters) & set(get_type_hints(extras)) == set()
+    assert {"backend", *EXTRA_DEFAULTS} <= set(parameters) | set(get_type_hints(extras))
 
 
 def test_torchs_own_arguments_and_defaults_are_ours() -> None:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from tests import stepping
-from tests.dialects import DIALECTS, HF, KERAS, OPTAX, TORCH, VARIANTS, Dialect
+from tests.dialects import (
+    DIALECTS,
+    HF,
+    KERAS,
+    KERAS_EXTRAS,
+    OPTAX,
+    TORCH,
+    VARIANTS,
+    Dialect,
+)
 from tests.integration import test_prepared as prepared
 from tests.stepping import params_of
 
@@ -56,6 +65,20 @@ def test_every_variant_is_stepped_to_the_same_bits(dialect, variant, frees):
         for optimizer in (apart, whole):
             set_grads(optimizer, step, without=step if step > 2 else None)
         step_apart(apart, frees)
+        apart.step()
+        whole.step()
+        stepping.assert_same_optimizers(apart, whole)
+
+
+@pytest.mark.parametrize("extra", sorted(set(KERAS_EXTRAS) - {"global_clipnorm"}))
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+def test_every_extra_of_keras_is_that_of_a_whole_step(dialect, extra):
+    """Also where a parameter has no gradient for once."""
+    apart, whole = (build(dialect, **KERAS_EXTRAS[extra]) for _ in range(2))
+    for step in range(7):
+        for optimizer in (apart, whole):
+            set_grads(optimizer, step, without=step if step > 2 else None)
+        step_apart(apart)
         apart.step()
         whole.step()
         stepping.assert_same_optimizers(apart, whole)
@@ -294,7 +317,7 @@ def test_what_is_not_ours_is_refused():
     ("dialect", "argument", "value"),
     [
         *((dialect, "max_grad_norm", 1.0) for dialect in DIALECTS),
-        (KERAS, "global_clipnorm", 1.0),
+        *((dialect, "global_clipnorm", 1.0) for dialect in DIALECTS),
         (KERAS, "nonfinite", "skip"),
         (OPTAX, "nonfinite", "skip"),
     ],
