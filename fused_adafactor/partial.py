@@ -101,6 +101,7 @@ class PartialOptimizer(PreparingOptimizer):
             if len(self._partial_steps) > max(_STEPS_KEPT, len(self._places or ())):
                 del self._partial_steps[next(iter(self._partial_steps))]
         self._run(ready)
+        self._engine.grad_sq = None  # that of some gradients is not that of all
         if self._stepped is None:
             self._stepped = {}
         for _, param, _ in some:

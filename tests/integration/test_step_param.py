@@ -297,6 +297,18 @@ def test_nonfinite_gradients_are_skipped_where_each_parameter_counts_its_own_ste
         stepping.assert_same_optimizers(apart, whole)
 
 
+def test_the_norm_of_some_gradients_is_not_told_as_that_of_all():
+    optimizer = build(TORCH, nonfinite="skip")
+    set_grads(optimizer, 0)
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    set_grads(optimizer, 1)
+    optimizer.step_param(params_of(optimizer)[0])
+    assert optimizer.grad_norm is None
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
 def test_capturable_counters_are_followed():
     for dialect in (TORCH, KERAS):
         apart, whole = (build(dialect, capturable=True) for _ in range(2))
