@@ -297,8 +297,9 @@ class AdafactorBase(PartialOptimizer):
         """Norm of all gradients together at the last update, before clipping; 0-d, on a device.
 
         None before an update under ``max_grad_norm``, ``clipnorm``, ``global_clipnorm`` or
-        ``nonfinite="skip"``, which are what it is computed for. Of gradients of several devices it
-        is on that of the first. After the replay of a CUDA graph it is that of the replay.
+        ``nonfinite="skip"``, which are what it is computed for, and where parameters were stepped
+        one by one. Of gradients of several devices it is on that of the first. After the replay of
+        a CUDA graph it is that of the replay.
         """
         return None if self._engine.grad_sq is None else self._engine.grad_sq.sqrt()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 from typing_extensions import override
 
-from fused_adafactor.preparing import Known, PreparingOptimizer
+from fused_adafactor.preparing import Draft, Known, Placed, PreparingOptimizer, Ready
 from fused_adafactor.rule import Nonfinite, Rule, StepCount
 from fused_adafactor.spec import TensorId
 
@@ -54,11 +54,12 @@ class PartialOptimizer(PreparingOptimizer):
     _stepped: dict[Tensor, _Taken] | None = None
 
     @override
-    def _step_all(self) -> None:
-        known = self._known
-        super()._step_all()
-        if self._known is not known:
+    def _commit(
+        self, drafts: list[Draft], rules: Mapping[int, Rule], some: Sequence[Placed] | None
+    ) -> tuple[Ready, Known | None]:
+        if some is None:
             self._look_around()  # something has changed; maybe there are fewer parameters
+        return super()._commit(drafts, rules, some)
 
     def _step_some(self, params: Sequence[Tensor]) -> None:
         """Step some parameters, each to the bit as a step of all would.
@@ -100,6 +101,7 @@ class PartialOptimizer(PreparingOptimizer):
             if len(self._partial_steps) > max(_STEPS_KEPT, len(self._places or ())):
                 del self._partial_steps[next(iter(self._partial_steps))]
         self._run(ready)
+        self._engine.grad_sq = None  # that of some gradients is not that of all
         if self._stepped is None:
             self._stepped = {}
         for _, param, _ in some:

@@ -28,7 +28,7 @@ Placed = tuple[dict[str, Any], Tensor, TensorId]  # a parameter, with its group 
 Ready = tuple[Prepared, list[Tensor]]  # a step, and the gradients that there are
 
 
-class _Draft(NamedTuple):
+class Draft(NamedTuple):
     """A tensor that a step concerns, checked; nothing of it has been changed."""
 
     group: dict[str, Any]
@@ -174,7 +174,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             return None
         return list(map(self._param_rule, group_rules, ids, params))
 
-    def _draft(self, rules: Mapping[int, Rule], placed: Iterable[Placed]) -> list[_Draft]:
+    def _draft(self, rules: Mapping[int, Rule], placed: Iterable[Placed]) -> list[Draft]:
         """Check everything that a step of these parameters concerns, changing nothing."""
         drafts = []
         for group, param, id in placed:
@@ -185,11 +185,11 @@ class PreparingOptimizer(CheckpointedOptimizer):
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             part = local_of(param)
             self._engine.check(spec, part, part if param.grad is None else local_of(param.grad))
-            drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
+            drafts.append(Draft(group, spec, rule, param.grad is not None, param))
         return drafts
 
     def _commit(
-        self, drafts: list[_Draft], rules: Mapping[int, Rule], some: Sequence[Placed] | None
+        self, drafts: list[Draft], rules: Mapping[int, Rule], some: Sequence[Placed] | None
     ) -> tuple[Ready, Known | None]:
         """Evaluate the schedules, then create missing state.
 
@@ -198,7 +198,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         """
         groups: list[int] = []
         calls: list[Number] = []
-        members: dict[Any, tuple[Cohort, list[_Draft]]] = {}
+        members: dict[Any, tuple[Cohort, list[Draft]]] = {}
         equal: dict[Rule, Rule] = {}
         for draft in drafts:
             group, spec, rule, has_grad, param = draft
@@ -289,7 +289,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             return cast(Tensor, group["step"])
         return cast("Tensor | None", self.state.get(param, {}).get(self.layout.step))
 
-    def _is_phantom_step(self, drafts: list[_Draft]) -> bool:
+    def _is_phantom_step(self, drafts: list[Draft]) -> bool:
         """Whether ``get_optimizer_state_dict`` only wants a fresh optimizer to create its state.
 
         It calls step() with every lr and every gradient set to zero. State is created then, and

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_adafactor import in_backward
 from tests import stepping
-from tests.dialects import DIALECTS, KERAS, OPTAX, TORCH, VARIANTS, Dialect
+from tests.dialects import DIALECTS, KERAS, KERAS_EXTRAS, OPTAX, TORCH, VARIANTS, Dialect
 from tests.integration import test_prepared as prepared
 from tests.stepping import params_of
 
@@ -78,6 +78,19 @@ def assert_trained_alike(inside: Any, whole: Any, steps: int = 4) -> None:
 def test_every_variant_is_stepped_to_the_same_bits(dialect, variant):
     """Also where a parameter has no gradient for once."""
     inside, whole = twins(dialect, **dialect.variants[variant])
+    for step in range(7):
+        for optimizer in (inside, whole):
+            loss_of(optimizer, step, without=[step] if step > 2 else []).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        stepping.assert_same_optimizers(inside, whole)
+
+
+@pytest.mark.parametrize("extra", sorted(set(KERAS_EXTRAS) - {"global_clipnorm"}))
+@EVERY_DIALECT
+def test_every_extra_of_keras_is_that_of_a_whole_step(dialect, extra):
+    """Also where a parameter has no gradient for once."""
+    inside, whole = twins(dialect, **KERAS_EXTRAS[extra])
     for step in range(7):
         for optimizer in (inside, whole):
             loss_of(optimizer, step, without=[step] if step > 2 else []).backward()
@@ -604,7 +617,7 @@ def assert_refused(optimizer: Any, error: type[Exception], message: str, *args: 
     [
         *((dialect, "max_grad_norm", 1.0) for dialect in DIALECTS),
         *((dialect, "fused", True) for dialect in DIALECTS),
-        (KERAS, "global_clipnorm", 1.0),
+        *((dialect, "global_clipnorm", 1.0) for dialect in DIALECTS),
         (KERAS, "nonfinite", "skip"),
         (OPTAX, "nonfinite", "skip"),
     ],

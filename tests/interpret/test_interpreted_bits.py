@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from fused_adafactor import in_backward
 from fused_adafactor.backends import triton as backend
@@ -254,6 +255,22 @@ def test_steps_in_the_backward_pass_have_the_bits_of_step(
         optimizer.step()
     assert 1 < len(optimizer._partial_steps) < len(SOME)
     assert_same(together, results(optimizer))
+
+
+def test_a_compiled_step_is_not_looked_into() -> None:
+    """Not even to the launch of a kernel, which the compiler knows how to trace."""
+    eager = run("hf", FEW, F32)
+    optimizer = built("hf", params_in(FEW, F32))
+    compiled = torch.compile(optimizer.step, backend="eager")
+    counters.clear()
+    for step in range(2):
+        for p, g in zip(params_of(optimizer), draw(FEW, step, F32), strict=True):
+            p.grad = g
+        compiled()
+    assert_same(eager, results(optimizer))
+    (reason,) = counters["graph_break"]
+    assert reason.startswith("Skip calling `torch.compiler.disable()`d function")
+    assert counters["frames"]["total"] == 1
 
 
 def test_bits_do_not_depend_on_waves(monkeypatch: pytest.MonkeyPatch) -> None:
