@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from fused_adafactor.rounding import Rounding
-from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite
+from fused_adafactor.rule import GradClip, GradClipKind, Momentum, Nonfinite
 
 
-class TorchExtras(TypedDict, total=False):
-    """Keyword-only arguments that every dialect takes beyond its peer's.
+class SharedExtras(TypedDict, total=False):
+    """Keyword-only arguments that every dialect takes beyond its peer's, whatever that has.
 
     Attributes:
         backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend is used or refused
@@ -50,8 +51,31 @@ class TorchExtras(TypedDict, total=False):
     differentiable: bool
 
 
+class TorchExtras(SharedExtras, total=False):
+    """The extras of a dialect whose peer has a ``foreach`` of its own.
+
+    Attributes:
+        momentum_dtype: Dtype of the first moment: None as the dialect has it, torch.float32,
+            torch.bfloat16, or torch.int8 for 8 bits in blocks of 32 that share a scale
+            (``fused_adafactor.blocks``): 1 + 1/32 bytes an element, each of them rounded to 1/128
+            of the largest of its block in every step. Needs a first moment.
+    """
+
+    momentum_dtype: torch.dtype | None
+
+
+class BigVisionExtras(SharedExtras, total=False):
+    """The extras of a dialect whose peer has a ``momentum_dtype`` of its own.
+
+    Attributes:
+        foreach: Accepted, changes nothing: tensors are always stepped together.
+    """
+
+    foreach: bool | None
+
+
 class Extras(TorchExtras, total=False):
-    """The extras of a dialect whose peer has no ``foreach`` of its own.
+    """The extras of a dialect whose peer has none of both.
 
     Attributes:
         foreach: Accepted, changes nothing: tensors are always stepped together.
@@ -64,6 +88,7 @@ EXTRA_DEFAULTS: dict[str, Any] = {
     "rounding": "nearest",
     "seed": 0,
     "state_dtype": None,
+    "momentum_dtype": None,
     "max_grad_norm": None,
     "nonfinite": "propagate",
     "capturable": False,
@@ -72,6 +97,7 @@ EXTRA_DEFAULTS: dict[str, Any] = {
     "differentiable": False,
 }
 _STATE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
+_MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 
 
 def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +111,33 @@ def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
         if norm is None
         else GradClip(GradClipKind.GLOBAL_NORM, float(norm), 1e-6),
     }
+
+
+def momentum_of(group: Mapping[str, Any], momentum: Momentum | None) -> Momentum | None:
+    """The first moment of a dialect, in the dtype that the extra asks for.
+
+    Args:
+        group: A param group.
+        momentum: As the dialect has it; None where it has none.
+
+    Raises:
+        ValueError: Another dtype than the extra takes, or one for a moment that is not there.
+    """
+    dtype = group["momentum_dtype"]
+    if dtype not in _MOMENTUM_DTYPES:
+        raise ValueError(
+            "momentum_dtype must be None, torch.float32, torch.bfloat16 or torch.int8, got "
+            f"{dtype!r}"
+        )
+    if dtype is None:
+        return momentum
+    if momentum is None:
+        raise ValueError(
+            f"momentum_dtype={dtype} is for a first moment, but with these arguments there is "
+            "none: leave momentum_dtype out, or switch momentum on where the dialect has it (beta1 "
+            "of hf and adafactor_pytorch, momentum of optax and big_vision)"
+        )
+    return replace(momentum, dtype=dtype)
 
 
 def check_extras(group: Mapping[str, Any]) -> None:

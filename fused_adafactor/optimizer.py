@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from fused_adafactor import backends
-from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
+from fused_adafactor.arguments import EXTRA_DEFAULTS, SharedExtras, check_extras
 from fused_adafactor.binding import Cohort
 from fused_adafactor.checkpoint import CheckpointedOptimizer, check_group
 from fused_adafactor.counting import Clock, counter, counter_device, next_call, number_of
@@ -79,7 +79,7 @@ class AdafactorBase(CheckpointedOptimizer):
     # The last step, kept for the next one; never copied, pickled or saved.
     _known: _Known | None = None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: SharedExtras) -> None:
         """Check the extras and build the param groups."""
         given = dict(extras)
         self.backend = cast(str, given.pop("backend", "auto"))
