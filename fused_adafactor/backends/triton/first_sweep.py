@@ -111,7 +111,7 @@ def sum_lines(row, rule, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constex
             if chunk == 0:
                 tl.store(lines + line, new, mask=line_mask)
             if V.WEIGHS:
-                num, _ = numerator(row, rule, g, k, mask, V)
+                num, _ = numerator(row, rule, g, k, mask, False, V)
                 # A line of zeros has no share in Σ u².
                 weight = tl.where(line_mask & (new != 0.0), inverse(new), 0.0)
                 weighted = tl.fma(num * num, weight[:, None], weighted)
@@ -150,7 +150,7 @@ def sum_flat(row, rule, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr
         if V.MEASURES and not V.NORM_CLIPPED:
             g = clipped(raw, rule, 1.0, V)
             inverse_v, _, _ = flat_factors(row, rule, grad, 1.0, g, k, mask, TINY, V)
-            u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
+            u, _, _ = update_of(row, rule, g, inverse_v, k, mask, TINY, V)
             update_sq = tl.fma(u, u, update_sq)
         if V.PARAM_RMS:
             p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V)
