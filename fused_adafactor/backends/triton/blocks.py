@@ -19,12 +19,17 @@ POISONED = tl.constexpr(255)
 
 
 @triton.jit
-def _numbers(row, k, V: tl.constexpr):
+def _numbers(row, k):
     """Numbers of the blocks that elements are in."""
-    INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
-    length = tl.load(row + f.BLOCK_LINE).to(INDEX)
-    k = k.to(INDEX)
+    length = tl.load(row + f.BLOCK_LINE).to(k.dtype)
     return k // length * ((length + BLOCK - 1) // BLOCK) + k % length // BLOCK
+
+
+@triton.jit
+def _one_of_blocks(k, mask, V: tl.constexpr):
+    """[n, m] to [n, m / 32]: the number of an element of each block, below 0 where it has none."""
+    INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+    return _largest_of_blocks(tl.where(mask, k.to(INDEX), -1))
 
 
 @triton.jit
@@ -43,47 +48,44 @@ def _spread(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _largest_of_rows(row, x, k, V: tl.constexpr):
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _largest_of_rows(row, x, k):
     """For each element of tiny matrices [1, m] the largest of its block, which is in its row.
 
-    Rows are of any length there, so each element takes a look at its neighbours.
+    Rows are of any length there. With the place of its block above the number itself (-1 to 255),
+    the largest so far is one of the same block; the other way round it is the largest from there.
     """
-    length = tl.load(row + f.BLOCK_LINE)
-    column = k % length
-    first = column // BLOCK * BLOCK  # column where the block begins
-    count = tl.minimum(length - first, BLOCK)
-    begin = tl.arange(0, x.shape[1])[None, :] - (column - first).to(tl.int32)
-    largest = x
-    for i in range(0, tl.minimum(length, BLOCK).to(tl.int32)):
-        place = tl.minimum(tl.maximum(begin + i, 0), x.shape[1] - 1)
-        largest = tl.where(i < count, tl.maximum(largest, tl.gather(x, place, 1)), largest)
-    return largest
+    COUNT: tl.constexpr = x.shape[1]
+    inside = (k % tl.load(row + f.BLOCK_LINE) % BLOCK).to(tl.int32)
+    begin = tl.arange(0, COUNT)[None, :] - inside
+    so_far = tl.associative_scan((begin << 9) + (x + 1), 1, _larger)
+    from_here = tl.associative_scan(((COUNT - begin) << 9) + (x + 1), 1, _larger, reverse=True)
+    return tl.maximum(so_far & 511, from_here & 511) - 1
 
 
 @triton.jit
 def _scales(row, value, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     """The scales of new values: of each block, of each element where TINY; below 0 beyond the end.
 
-    They follow from the exponents of the largest magnitudes, whose bits are ordered as these are,
-    with infinity and then NaN above all others.
+    That of a block is the largest of what the exponent of each number asks for, which for infinity
+    and NaN is 255.
     """
     if V.MATH == tl.float64:
-        bits = value.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
-        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bits = tl.where(mask, bits, -1)
-    if TINY:
-        largest = _largest_of_rows(row, bits, k, V)
-    else:
-        largest = _largest_of_blocks(bits)
-    if V.MATH == tl.float64:
-        exponent = (largest >> 52).to(tl.int32)
+        exponent = ((value.to(tl.int64, bitcast=True) >> 52) & 2047).to(tl.int32)
         scale = tl.minimum(tl.maximum(exponent - (1023 - 127), 0), 254)
         scale = tl.where(exponent == 2047, POISONED, scale)
-        scale = tl.where(exponent < 0, -1, scale)
     else:
-        scale = largest >> 23
-    return scale
+        scale = (value.to(tl.int32, bitcast=True) >> 23) & 255
+    scale = tl.where(mask, scale, -1)
+    if TINY:
+        largest = _largest_of_rows(row, scale, k)
+    else:
+        largest = _largest_of_blocks(scale)
+    return largest
 
 
 @triton.jit
@@ -113,10 +115,10 @@ def read_blocks(row, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     units = read(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, V)
     scales = tl.load(row + f.EXP_AVG_SCALE).to(tl.pointer_type(tl.uint8))
     if TINY:
-        scale = tl.load(scales + _numbers(row, k, V), mask=mask, other=0)
+        scale = tl.load(scales + _numbers(row, k), mask=mask, other=0)
     else:
-        last = _largest_of_blocks(tl.where(mask, k, -1))
-        scale = tl.load(scales + _numbers(row, last, V), mask=last >= 0, other=0)
+        one = _one_of_blocks(k, mask, V)
+        scale = tl.load(scales + _numbers(row, one), mask=one >= 0, other=0)
     return _from_units(units, scale.to(tl.int32), TINY)
 
 
@@ -136,7 +138,7 @@ def write_blocks(row, k, mask, value, TINY: tl.constexpr, V: tl.constexpr):
     scales = tl.load(row + f.EXP_AVG_SCALE).to(tl.pointer_type(tl.uint8))
     if TINY:
         begins = k % tl.load(row + f.BLOCK_LINE) % BLOCK == 0
-        tl.store(scales + _numbers(row, k, V), scale.to(tl.uint8), mask=mask & begins)
+        tl.store(scales + _numbers(row, k), scale.to(tl.uint8), mask=mask & begins)
     else:
-        last = _largest_of_blocks(tl.where(mask, k, -1))
-        tl.store(scales + _numbers(row, last, V), scale.to(tl.uint8), mask=last >= 0)
+        one = _one_of_blocks(k, mask, V)
+        tl.store(scales + _numbers(row, one), scale.to(tl.uint8), mask=one >= 0)
