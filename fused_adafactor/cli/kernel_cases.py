@@ -106,12 +106,11 @@ MODEL = "model"
 _MORE = (
     *(("torch", "defaults", MODEL, *dtypes) for dtypes in ((F16, F16), (F64, F64))),
     *(("torch", "defaults", MODEL, *dtypes) for dtypes in ((F32, BF16), (BF16, F32))),
+    ("adafactor_pytorch", "momentum_of_8_bits", "long_lines", F32, F32),
     *(
-        (dialect, "momentum_of_8_bits", tensors, F32, F32)
-        for dialect in ("hf", "adafactor_pytorch")
-        for tensors in ("ragged_lines", "long_lines")
+        ("hf", "momentum_of_8_bits", tensors, F32, F32)
+        for tensors in ("ragged_lines", "tiny_matrices")
     ),
-    ("hf", "momentum_of_8_bits", "tiny_matrices", F32, F32),
 )
 
 

@@ -19,9 +19,11 @@ POISONED = tl.constexpr(255)
 
 
 @triton.jit
-def _numbers(row, k):
+def _numbers(row, k, V: tl.constexpr):
     """Numbers of the blocks that elements are in."""
-    length = tl.load(row + f.BLOCK_LINE).to(k.dtype)
+    INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+    k = k.to(INDEX)
+    length = tl.load(row + f.BLOCK_LINE).to(INDEX)
     return k // length * ((length + BLOCK - 1) // BLOCK) + k % length // BLOCK
 
 
@@ -53,22 +55,28 @@ def _larger(a, b):
 
 
 @triton.jit
-def _largest_of_rows(row, x, k):
+def _place_in_block(row, COUNT: tl.constexpr):
+    """Where the elements of a tile of tiny matrices [1, COUNT] are in their blocks."""
+    length = tl.load(row + f.BLOCK_LINE).to(tl.int32)
+    return tl.arange(0, COUNT)[None, :] % length % BLOCK
+
+
+@triton.jit
+def _largest_of_rows(row, x):
     """For each element of tiny matrices [1, m] the largest of its block, which is in its row.
 
     Rows are of any length there. With the place of its block above the number itself (-1 to 255),
     the largest so far is one of the same block; the other way round it is the largest from there.
     """
     COUNT: tl.constexpr = x.shape[1]
-    inside = (k % tl.load(row + f.BLOCK_LINE) % BLOCK).to(tl.int32)
-    begin = tl.arange(0, COUNT)[None, :] - inside
+    begin = tl.arange(0, COUNT)[None, :] - _place_in_block(row, COUNT)
     so_far = tl.associative_scan((begin << 9) + (x + 1), 1, _larger)
     from_here = tl.associative_scan(((COUNT - begin) << 9) + (x + 1), 1, _larger, reverse=True)
     return tl.maximum(so_far & 511, from_here & 511) - 1
 
 
 @triton.jit
-def _scales(row, value, k, mask, TINY: tl.constexpr, V: tl.constexpr):
+def _scales(row, value, mask, TINY: tl.constexpr, V: tl.constexpr):
     """The scales of new values: of each block, of each element where TINY; below 0 beyond the end.
 
     That of a block is the largest of what the exponent of each number asks for, which for infinity
@@ -82,7 +90,7 @@ def _scales(row, value, k, mask, TINY: tl.constexpr, V: tl.constexpr):
         scale = (value.to(tl.int32, bitcast=True) >> 23) & 255
     scale = tl.where(mask, scale, -1)
     if TINY:
-        largest = _largest_of_rows(row, scale, k)
+        largest = _largest_of_rows(row, scale)
     else:
         largest = _largest_of_blocks(scale)
     return largest
@@ -115,30 +123,30 @@ def read_blocks(row, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     units = read(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, V)
     scales = tl.load(row + f.EXP_AVG_SCALE).to(tl.pointer_type(tl.uint8))
     if TINY:
-        scale = tl.load(scales + _numbers(row, k), mask=mask, other=0)
+        scale = tl.load(scales + _numbers(row, k, V), mask=mask, other=0)
     else:
         one = _one_of_blocks(k, mask, V)
-        scale = tl.load(scales + _numbers(row, one), mask=one >= 0, other=0)
+        scale = tl.load(scales + _numbers(row, one, V), mask=one >= 0, other=0)
     return _from_units(units, scale.to(tl.int32), TINY)
 
 
 @triton.jit
-def stored_in_blocks(row, value, k, mask, TINY: tl.constexpr, V: tl.constexpr):
+def stored_in_blocks(row, value, mask, TINY: tl.constexpr, V: tl.constexpr):
     """The first moment as it will be read back."""
-    scale = _scales(row, value, k, mask, TINY, V)
+    scale = _scales(row, value, mask, TINY, V)
     return _from_units(_to_units(value, scale, TINY), scale, TINY)
 
 
 @triton.jit
 def write_blocks(row, k, mask, value, TINY: tl.constexpr, V: tl.constexpr):
     """Store what ``stored_in_blocks`` has rounded: rounding it again changes nothing."""
-    scale = _scales(row, value, k, mask, TINY, V)
+    scale = _scales(row, value, mask, TINY, V)
     units = _to_units(value, scale, TINY)
     write(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, units, V)
     scales = tl.load(row + f.EXP_AVG_SCALE).to(tl.pointer_type(tl.uint8))
     if TINY:
-        begins = k % tl.load(row + f.BLOCK_LINE) % BLOCK == 0
-        tl.store(scales + _numbers(row, k), scale.to(tl.uint8), mask=mask & begins)
+        begins = _place_in_block(row, value.shape[1]) == 0
+        tl.store(scales + _numbers(row, k, V), scale.to(tl.uint8), mask=mask & begins)
     else:
         one = _one_of_blocks(k, mask, V)
-        tl.store(scales + _numbers(row, one), scale.to(tl.uint8), mask=one >= 0)
+        tl.store(scales + _numbers(row, one, V), scale.to(tl.uint8), mask=one >= 0)

@@ -44,7 +44,7 @@ def new_exp_avg(row, rule, value, k, mask, TINY: tl.constexpr, V: tl.constexpr):
         old = read(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, V)
     new = tl.fma(number(rule, f.REST1, V), value, number(rule, f.BETA1, V) * old)
     if V.EXP_AVG == tl.int8:
-        new = stored_in_blocks(row, new, k, mask, TINY, V)
+        new = stored_in_blocks(row, new, mask, TINY, V)
     else:
         new = stored(new, V.EXP_AVG)
     return new

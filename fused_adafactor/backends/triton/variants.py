@@ -201,9 +201,8 @@ def variant_of(
     """The variant for tensors that are stepped together."""
     forms = {p.geometry.form for p in pieces}
     # What is moved element by element does not pass through shared memory on its way, and an
-    # address for each of them takes registers. So do blocks, which are looked at as a whole.
+    # address for each of them takes registers.
     aligned, half = traits.ALIGNED, tuning.half_stages
-    share = (1 if aligned else 2) * (2 if traits.EXP_AVG == tl.int8 else 1)
     return traits._replace(
         LINES=Form.FACTORED in forms,
         UNFACTORED=Form.UNFACTORED in forms,
@@ -214,10 +213,10 @@ def variant_of(
         KINDS=tuple(kind in kinds for kind in ItemKind),
         WAITS=waits,
         JOINED=joined,
-        TILE=tuning.tile // share,
+        TILE=tuning.tile if aligned else tuning.tile // 2,
         CHUNK=tuning.chunk,
         FLAT_TILE=tuning.flat_tile,
-        APPLY_TILE=tuning.flat_tile // share,
+        APPLY_TILE=tuning.flat_tile if aligned else tuning.flat_tile // 2,
         TINY_TILE=tuning.tiny_tile,
         STAGES=(half if _moves_little(traits) else tuning.stages) if aligned else 1,
         FLAT_STAGES=tuning.stages if aligned else 1,
