@@ -50,7 +50,8 @@ def _spread(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
+    """What ``associative_scan`` combines by."""
     return tl.maximum(a, b)
 
 
@@ -70,8 +71,8 @@ def _largest_of_rows(row, x):
     """
     COUNT: tl.constexpr = x.shape[1]
     begin = tl.arange(0, COUNT)[None, :] - _place_in_block(row, COUNT)
-    so_far = tl.associative_scan((begin << 9) + (x + 1), 1, _larger)
-    from_here = tl.associative_scan(((COUNT - begin) << 9) + (x + 1), 1, _larger, reverse=True)
+    so_far = tl.associative_scan((begin << 9) + (x + 1), 1, larger)
+    from_here = tl.associative_scan(((-begin + COUNT) << 9) + (x + 1), 1, larger, reverse=True)
     return tl.maximum(so_far & 511, from_here & 511) - 1
 
 
