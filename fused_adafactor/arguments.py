@@ -58,7 +58,8 @@ class TorchExtras(SharedExtras, total=False):
         momentum_dtype: Dtype of the first moment: None as the dialect has it, torch.float32,
             torch.bfloat16, or torch.int8 for 8 bits in blocks of 32 that share a scale
             (``fused_adafactor.blocks``): 1 + 1/32 bytes an element, each of them rounded to 1/128
-            of the largest of its block in every step. Needs a first moment.
+            of the largest of its block in every step. The state then has the scales beside the
+            moment, under its key with ``_scale`` after it. Needs a first moment.
     """
 
     momentum_dtype: torch.dtype | None
