@@ -66,19 +66,19 @@ def _place_in_block(row, COUNT: tl.constexpr):
 def _largest_of_rows(row, x):
     """For each element of tiny matrices [1, m] the largest of its block, which is in its row.
 
-    Rows are of any length there. With the place of its block above the number itself (-1 to 255),
+    Rows are of any length there. With the place of its block above the number itself (0 to 255),
     the largest so far is one of the same block; the other way round it is the largest from there.
     """
     COUNT: tl.constexpr = x.shape[1]
     begin = tl.arange(0, COUNT)[None, :] - _place_in_block(row, COUNT)
-    so_far = tl.associative_scan((begin << 9) + (x + 1), 1, larger)
-    from_here = tl.associative_scan(((-begin + COUNT) << 9) + (x + 1), 1, larger, reverse=True)
-    return tl.maximum(so_far & 511, from_here & 511) - 1
+    so_far = tl.associative_scan((begin << 8) + x, 1, larger)
+    from_here = tl.associative_scan(((-begin + COUNT) << 8) + x, 1, larger, reverse=True)
+    return tl.maximum(so_far & 255, from_here & 255)
 
 
 @triton.jit
 def _scales(row, value, mask, TINY: tl.constexpr, V: tl.constexpr):
-    """The scales of new values: of each block, of each element where TINY; below 0 beyond the end.
+    """The scales of new values: of each block, or where TINY of the block of each element.
 
     That of a block is the largest of what the exponent of each number asks for, which for infinity
     and NaN is 255.
@@ -89,7 +89,7 @@ def _scales(row, value, mask, TINY: tl.constexpr, V: tl.constexpr):
         scale = tl.where(exponent == 2047, POISONED, scale)
     else:
         scale = (value.to(tl.int32, bitcast=True) >> 23) & 255
-    scale = tl.where(mask, scale, -1)
+    scale = tl.where(mask, scale, 0)
     if TINY:
         largest = _largest_of_rows(row, scale)
     else:
