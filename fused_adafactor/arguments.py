@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from fused_adafactor.rounding import Rounding
-from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite, WeightAverage
+from fused_adafactor.rule import GradClip, GradClipKind, Momentum, Nonfinite, WeightAverage
 
 
 class _Shared(TypedDict, total=False):
@@ -49,6 +50,20 @@ class _Shared(TypedDict, total=False):
     capturable: bool
     fused: bool | None
     differentiable: bool
+
+
+class _Momentum(TypedDict, total=False):
+    """An argument that big_vision's peer has too.
+
+    Attributes:
+        momentum_dtype: Dtype of the first moment: None as the dialect has it, torch.float32,
+            torch.bfloat16, or torch.int8 for 8 bits in blocks of 32 that share a scale
+            (``fused_adafactor.blocks``): 1 + 1/32 bytes an element, each of them rounded to 1/128
+            of the largest of its block in every step. The state then has the scales beside the
+            moment, under its key with ``_scale`` after it. Needs a first moment.
+    """
+
+    momentum_dtype: torch.dtype | None
 
 
 class _Foreach(TypedDict, total=False):
@@ -94,15 +109,19 @@ class _Keras(TypedDict, total=False):
     gradient_accumulation_steps: int | None
 
 
-class TorchExtras(_Shared, _Keras, total=False):
+class TorchExtras(_Shared, _Momentum, _Keras, total=False):
     """The extras of torch's dialect, where ``foreach`` is an argument of its own."""
 
 
-class KerasExtras(_Shared, _Foreach, total=False):
+class BigVisionExtras(_Shared, _Foreach, _Keras, total=False):
+    """The extras of big_vision's dialect, where ``momentum_dtype`` is an argument of its own."""
+
+
+class KerasExtras(_Shared, _Momentum, _Foreach, total=False):
     """The extras of Keras' dialect, where those of Keras are arguments of its own."""
 
 
-class Extras(_Shared, _Keras, _Foreach, total=False):
+class Extras(_Shared, _Momentum, _Keras, _Foreach, total=False):
     """The extras of all other dialects."""
 
 
@@ -110,6 +129,7 @@ EXTRA_DEFAULTS: dict[str, Any] = {
     "rounding": "nearest",
     "seed": 0,
     "state_dtype": None,
+    "momentum_dtype": None,
     "max_grad_norm": None,
     "nonfinite": "propagate",
     "capturable": False,
@@ -132,6 +152,7 @@ _CLIPS = {
     "global_clipnorm": GradClipKind.GLOBAL_NORM,
 }
 _STATE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
+_MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 
 
 def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +180,33 @@ def _grad_clip(group: Mapping[str, Any]) -> GradClip | None:
             is_global = kind is GradClipKind.GLOBAL_NORM
             return GradClip(kind, float(group[key]), nan_if_not_finite=is_global)
     return None
+
+
+def momentum_of(group: Mapping[str, Any], momentum: Momentum | None) -> Momentum | None:
+    """The first moment of a dialect, in the dtype that the extra asks for.
+
+    Args:
+        group: A param group.
+        momentum: As the dialect has it; None where it has none.
+
+    Raises:
+        ValueError: Another dtype than the extra takes, or one for a moment that is not there.
+    """
+    dtype = group["momentum_dtype"]
+    if dtype not in _MOMENTUM_DTYPES:
+        raise ValueError(
+            "momentum_dtype must be None, torch.float32, torch.bfloat16 or torch.int8, got "
+            f"{dtype!r}"
+        )
+    if dtype is None:
+        return momentum
+    if momentum is None:
+        raise ValueError(
+            f"momentum_dtype={dtype} is for a first moment, but with these arguments there is "
+            "none: leave momentum_dtype out, or switch momentum on where the dialect has it (beta1 "
+            "of hf and adafactor_pytorch, momentum of optax and big_vision)"
+        )
+    return replace(momentum, dtype=dtype)
 
 
 def check_extras(group: Mapping[str, Any]) -> None:

@@ -60,6 +60,8 @@ class Binding:
         var: Unfactored second moment, full (or the matrix of a reshaped view).
         var_max: AMSGrad's maximum, likewise.
         exp_avg: First moment, likewise.
+        exp_avg_scale: Scales of its blocks, where it is kept in 8 bits: uint8, contiguous, [...,
+            lines, blocks of a line]; [blocks] of an unfactored tensor.
         compensation: Of Kahan's summation, full.
         average: EMA of the weights, full.
         accumulator: Sum of gradients since the last update, full.
@@ -73,6 +75,7 @@ class Binding:
     var: Tensor | None
     var_max: Tensor | None
     exp_avg: Tensor | None
+    exp_avg_scale: Tensor | None
     compensation: Tensor | None
     average: Tensor | None
     accumulator: Tensor | None
@@ -161,6 +164,7 @@ def memory_of(b: Binding, swapped: bool) -> dict[str, Tensor]:
         ("var", b.var, moment),
         ("var_max", b.var_max, moment),
         ("exp_avg", b.exp_avg, rule.momentum_dtype(spec.param_dtype)),
+        ("exp_avg_scale", b.exp_avg_scale, torch.uint8),
         ("compensation", b.compensation, spec.param_dtype),
         ("average", b.average, spec.math_dtype),
         ("accumulator", b.accumulator, spec.math_dtype),
@@ -172,7 +176,7 @@ def memory_of(b: Binding, swapped: bool) -> dict[str, Tensor]:
 
 
 def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    full = tensor.shape == spec.shape and name not in ("line_var", "cross_var")
+    full = tensor.shape == spec.shape and name not in ("line_var", "cross_var", "exp_avg_scale")
     wanted = spec.state_strides if full else torch.empty(tensor.shape, device="meta").stride()
     strides = tuple(s for s, n in zip(wanted, tensor.shape, strict=True) if n > 1)
     if tensor.dtype != dtype or _strides(tensor) != strides:

@@ -22,12 +22,13 @@ from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
 from fused_adafactor.sharding import joiner, part_of, shard_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
-from fused_adafactor.state import StateLayout, adopt, check_state, entries_of
+from fused_adafactor.state import StateLayout, adopt, check_state, entries_of, with_moment_of
 
 
 class _Loaded(NamedTuple):
-    """One parameter that has loaded state: its loaded group and state, and what it should fit."""
+    """One parameter that has loaded state: its number, group and state, and what it should fit."""
 
+    number: int
     group: dict[str, Any]
     state: dict[str, Any]
     param: Tensor
@@ -87,7 +88,9 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
 
         Each entry gets the dtype that its rule wants, not that of the parameter, so that resuming
         in bfloat16 is bit exact. Hyperparameters that the loaded groups lack (a peer knows no
-        extras) stay as they are.
+        extras) stay as they are. A first moment is rounded to blocks of 8 bits, or taken out of
+        them, as the momentum_dtype of its group then says; blocks of a parameter that lay in
+        memory the other way round are rounded once more.
 
         Args:
             state_dict: From ``state_dict()`` of this dialect or its peer.
@@ -101,7 +104,9 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         def complete(_: torch.optim.Optimizer, loaded: StateDict) -> StateDict:
             self._check_origin(loaded)
             source.update(self._completed(loaded))
-            self._check_loaded(source)
+            if self._fits(source):  # otherwise the base class raises, with torch's texts
+                source["state"] = source["state"] | self._with_moments(source)
+                self._check_loaded(source)
             return source
 
         def restore(_: torch.optim.Optimizer) -> None:
@@ -169,18 +174,26 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                     own = self._param_rule(rule, ids[id(param)], param)
                     part, shard = local_of(param), shard_of(ids[id(param)], param)
                     spec = spec_of(ids[id(param)], part, part, own, shard)
-                    yield _Loaded(saved, source["state"][number], param, spec, own)
+                    yield _Loaded(number, saved, source["state"][number], param, spec, own)
 
-    def _check_loaded(self, source: StateDict) -> None:
-        fits = len(source["param_groups"]) == len(self.param_groups) and all(
+    def _fits(self, source: StateDict) -> bool:
+        """Whether there are as many groups, and parameters of each, as here."""
+        return len(source["param_groups"]) == len(self.param_groups) and all(
             len(saved["params"]) == len(group["params"])
             for saved, group in zip(source["param_groups"], self.param_groups, strict=True)
         )
-        if not fits:
-            return  # the base class raises, with torch's texts
+
+    def _with_moments(self, source: StateDict) -> dict[int, dict[str, Any]]:
+        """The loaded states, with first moments as their rules want them."""
         for group in source["param_groups"]:
             check_group(group)
-        for _, saved, _, spec, rule in self._loaded(source):
+        return {
+            number: with_moment_of(saved, spec, rule, self.layout)
+            for number, _, saved, _, spec, rule in self._loaded(source)
+        }
+
+    def _check_loaded(self, source: StateDict) -> None:
+        for _, _, saved, _, spec, rule in self._loaded(source):
             numbers_as_tensors = {
                 key: torch.as_tensor(value) if isinstance(value, int | float) else value
                 for key, value in saved.items()
@@ -189,7 +202,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
 
     def _restore(self, source: StateDict) -> None:
         """Replace what the base class has cast to the parameter's dtype."""
-        for group, saved, param, spec, rule in self._loaded(source):
+        for _, group, saved, param, spec, rule in self._loaded(source):
             state = self.state[param]
             for name, entry in entries_of(spec, rule, self.layout).items():
                 key = self.layout.key(name)

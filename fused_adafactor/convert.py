@@ -267,6 +267,12 @@ def _known_entries(saved: Mapping[str, Any], old: _Param) -> set[str]:
                 f"state {key!r} of {old.id} is {type(value).__name__}; expected a tensor"
             )
     present = {known[key] for key in saved}
+    if "exp_avg_scale" in present:
+        raise ValueError(
+            f"state {layout.exp_avg!r} of {old.id} is in blocks of 8 bits, which lie as its "
+            "parameter does in memory, and that is not known here. Set momentum_dtype of the "
+            "groups of state_dict to torch.float32, load it, and convert the new state_dict()"
+        )
     if present & {"var", *_FACTORS} not in ({"var"}, set(_FACTORS)):
         raise ValueError(
             f"state of {old.id} must have either {layout.var!r} or both {layout.row_var!r} and "

@@ -366,6 +366,7 @@ class Engine:
             var=entry("var"),
             var_max=entry("var_max"),
             exp_avg=entry("exp_avg"),
+            exp_avg_scale=entry("exp_avg_scale"),
             compensation=entry("compensation"),
             average=entry("average"),
             accumulator=entry("accumulator"),

@@ -88,7 +88,8 @@ class Momentum:
         site: What is averaged.
         beta1: Schedule of beta1_t.
         debias: Divide m_t by 1 - beta1_t^t, as adafactor-pytorch.
-        dtype: Of the buffer; None for the state dtype of the tensor.
+        dtype: Of the buffer; None for float32 (float64 for float64 parameters), torch.int8 for the
+            blocks of ``blocks.py``.
     """
 
     site: MomentumSite
@@ -231,7 +232,7 @@ class Rule:
         return torch.float64 if param_dtype is torch.float64 else torch.float32
 
     def momentum_dtype(self, param_dtype: torch.dtype) -> torch.dtype:
-        """Dtype of the first moment of a parameter."""
+        """Dtype of the first moment of a parameter; torch.int8 stands for blocks."""
         if self.momentum is not None and self.momentum.dtype is not None:
             return self.momentum.dtype
         return torch.float64 if param_dtype is torch.float64 else torch.float32

@@ -74,6 +74,11 @@ def described(id: TensorId, param: Tensor, rule: Rule) -> TensorSpec:
             of which there are no parts; see ``shard_of``.
     """
     shard, part = shard_of(id, param), local_of(param)
+    if shard is not None and rule.momentum_dtype(param.dtype) is torch.int8:
+        raise TypeError(
+            f"{id} is distributed, and blocks of momentum_dtype=torch.int8 would not be those of a "
+            "single process; use torch.bfloat16"
+        )
     if param.grad is None:
         return spec_of(id, part, part, rule, shard)
     _check_grad(id, param, param.grad)

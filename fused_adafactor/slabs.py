@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from fused_adafactor.plan import Phase
-from fused_adafactor.spec import TensorSpec
-
-# A matrix up to this size is tiny; ``kMaxTiny`` in the kernels.
-TINY_ELEMENTS = 64
+from fused_adafactor.spec import TINY_ELEMENTS, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -129,12 +126,9 @@ class Geometry:
 def geometry_of(spec: TensorSpec, cut: Cut) -> Geometry:
     """Cut a tensor that has elements."""
     order = tuple(range(len(spec.shape)))
-    form = _form(spec, cut)
-    swapped = False
+    form, swapped = _form(spec, cut), spec.swapped
     if spec.view is not None and spec.view.permutation is not None:
         order = spec.view.permutation
-        row, col = (spec.param_strides[d] for d in order[-2:])
-        swapped = row == 1 and col != 1 and form is not Form.TINY
         if swapped:
             order = (*order[:-2], order[-1], order[-2])
     row_major = _row_major(spec.shape)

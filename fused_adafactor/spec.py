@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fused_adafactor.blocks import blocks_of
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import Rule, Structure, structure_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# A matrix up to this size is tiny: its lines are its rows, however they lie. ``kMaxTiny`` in
+# the kernels.
+TINY_ELEMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,37 @@ class TensorSpec:
             strides.append(step)
             step *= size
         return tuple(reversed(strides))
+
+    @property
+    def swapped(self) -> bool:
+        """Whether lines are the columns of the view: they are contiguous, and its rows are not."""
+        if self.view is None or self.view.permutation is None:
+            return False
+        row, col = (self.param_strides[d] for d in self.view.permutation[-2:])
+        return row == 1 and col != 1 and self.view.rows * self.view.cols > TINY_ELEMENTS
+
+    def scale_shape(self, swapped: bool) -> tuple[int, ...]:
+        """Shape of the scales of blocks: [..., n, blocks of a row], or one for each block of all.
+
+        Where lines are columns (``swapped``) it is [..., blocks of a column, m], so that the shape
+        tells how the blocks lie.
+        """
+        if self.view is None:
+            return (blocks_of(self.numel),)
+        *batch, rows, cols = self.view.matrices
+        return (*batch, blocks_of(rows), cols) if swapped else (*batch, rows, blocks_of(cols))
+
+    def to_lines(self, tensor: Tensor, swapped: bool) -> Tensor:
+        """[..., n, m] as the lines that blocks lie along; all elements of an unfactored tensor."""
+        if self.view is None:
+            return tensor.reshape(-1)
+        return tensor.mT if swapped else tensor
+
+    def from_lines(self, lines: Tensor, swapped: bool) -> Tensor:
+        """The reverse of ``to_lines``."""
+        if self.view is None:
+            return lines.reshape(self.shape)
+        return lines.mT if swapped else lines
 
     @property
     def keeps_compensation(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fused_adafactor.blocks import dequantise, quantise
 from fused_adafactor.counting import check_count, counter, counter_dtype
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rule import Rule, StepCount
@@ -32,6 +33,7 @@ class StateLayout:
         var: Unfactored second moment, shape of the parameter.
         var_max: AMSGrad's running maximum, shape of the parameter.
         exp_avg: First moment, shape of the parameter.
+        exp_avg_scale: Scales of its blocks, where it is kept in 8 bits: ``TensorSpec.scale_shape``.
         step: Step counter, 0-d; only where steps are counted per parameter.
         param_rms: RMS of the parameter before its last step, 0-d; None where the peer keeps none.
         compensation: What rounding='kahan' carries over, shape and dtype of the parameter.
@@ -46,6 +48,7 @@ class StateLayout:
     var: str = "variance"
     var_max: str = "var_max"
     exp_avg: str = "exp_avg"
+    exp_avg_scale: str = "exp_avg_scale"
     step: str = "step"
     param_rms: str | None = None
     compensation: str = "kahan"
@@ -60,9 +63,13 @@ class StateLayout:
         return key
 
 
+_ANOTHER_MOMENT = (
+    ". Another momentum_dtype takes effect with load_state_dict: set it in the groups of a state "
+    "dict, and load that"
+)
 # Entries that a state must have as soon as it has any; the others are added when they are first
 # needed.
-REQUIRED = ("step", "row_var", "col_var", "var", "var_max", "exp_avg")
+REQUIRED = ("step", "row_var", "col_var", "var", "var_max", "exp_avg", "exp_avg_scale")
 
 
 @dataclass(frozen=True)
@@ -84,19 +91,10 @@ class Entry:
 
 def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, Entry]:
     """The entries that a tensor owns under a rule, by glossary name."""
-    moment = rule.moment_dtype(spec.param_dtype)
     entries: dict[str, Entry] = {}
     if rule.step_count is StepCount.PER_PARAM:
         entries["step"] = _scalar(counter_dtype())
-    if spec.view is None:
-        entries["var"] = _matrices(spec, moment)
-    else:
-        for name in ("row_var", "col_var"):
-            entries[name] = _factor(spec, name, moment, layout.keepdim)
-    if rule.amsgrad:
-        entries["var_max"] = _matrices(spec, moment)
-    if rule.momentum is not None:
-        entries["exp_avg"] = _matrices(spec, rule.momentum_dtype(spec.param_dtype))
+    entries |= _moments_of(spec, rule, layout)
     if layout.param_rms is not None:
         entries["param_rms"] = _scalar(spec.math_dtype)
     if spec.keeps_compensation:
@@ -105,6 +103,25 @@ def entries_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, E
         entries["average"] = _full(spec, spec.math_dtype)
     if rule.accumulation_steps > 1:
         entries["accumulator"] = _full(spec, spec.math_dtype)
+    return entries
+
+
+def _moments_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, Entry]:
+    moment = rule.moment_dtype(spec.param_dtype)
+    entries: dict[str, Entry] = {}
+    if spec.view is None:
+        entries["var"] = _matrices(spec, moment)
+    else:
+        for name in ("row_var", "col_var"):
+            entries[name] = _factor(spec, name, moment, layout.keepdim)
+    if rule.amsgrad:
+        entries["var_max"] = _matrices(spec, moment)
+    if rule.momentum is not None:
+        dtype = rule.momentum_dtype(spec.param_dtype)
+        entries["exp_avg"] = _matrices(spec, dtype)
+        if dtype is torch.int8:  # never of a distributed parameter
+            shape = spec.scale_shape(spec.swapped)
+            entries["exp_avg_scale"] = Entry(shape, torch.uint8, shape, ((),) * len(shape))
     return entries
 
 
@@ -193,7 +210,7 @@ def init_state(
             )
             state[key] = join(_from_canonical(canonical, spec.view, name, layout.keepdim), entry)
         else:
-            value = _empty(spec, entry).zero_()
+            value = _empty(spec, name, entry).zero_()
             if name == "average":
                 value.copy_(param)
             state[key] = join(value, entry)
@@ -245,9 +262,10 @@ def check_state(
                 f"{entry.shape} for a parameter of shape {spec.shape}. Is this the checkpoint of "
                 "another model or optimizer?"
             )
-        if not value.is_floating_point() and name not in ("step", "param_rms"):
+        if name not in ("step", "param_rms") and not _is_kind_of(value.dtype, entry.dtype):
             raise ValueError(
                 f"state {key!r} of {spec.id} has dtype {value.dtype}; expected {entry.dtype}"
+                + ("" if name != "exp_avg" else _ANOTHER_MOMENT)
             )
         if name == "step":
             check_count(value, f"state {key!r} of {spec.id}")
@@ -262,12 +280,17 @@ def check_state(
 def canonical(
     state: dict[str, Any], spec: TensorSpec, layout: StateLayout, name: str
 ) -> Tensor | None:
-    """The entry as backends use it: factors as [..., n] or [..., m], all else as it is stored."""
+    """The entry as backends use it: factors as [..., n] or [..., m], scales line by line.
+
+    All else is as it is stored.
+    """
     key: str | None = getattr(layout, name)
     value = None if key is None else state.get(key)
     if value is None:
         return None
     value = local_of(value)
+    if name == "exp_avg_scale":
+        return value.mT if spec.swapped else value
     if name not in ("row_var", "col_var") or spec.view is None:
         return value
     return _to_canonical(value, spec.view, name, layout.keepdim)
@@ -295,12 +318,64 @@ def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLa
         return _from_canonical(compact, spec.view, name, layout.keepdim)
     if tuple(tensor.shape) != entry.part or not entry.part:
         return tensor.detach().to(spec.device, entry.dtype, copy=True)
-    return _empty(spec, entry).copy_(tensor.detach())
+    return _empty(spec, name, entry).copy_(tensor.detach())
 
 
-def _empty(spec: TensorSpec, entry: Entry) -> Tensor:
-    """Memory for an entry; one of the parameter's shape is laid out as the spec says."""
-    if entry.part == spec.shape:
+def with_moment_of(
+    state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout
+) -> dict[str, Any]:
+    """A loaded state with its first moment as the rule wants it: numbers, or blocks of 8 bits.
+
+    Numbers are rounded to blocks, and blocks become the numbers that they stand for. Blocks that
+    lie along rows where this parameter's lie along columns, or the other way round, are rounded
+    once more. Everything else passes as it is, also what does not fit: ``check_state`` names it.
+    """
+    entry = entries_of(spec, rule, layout).get("exp_avg")
+    value, scale = state.get(layout.exp_avg), state.get(layout.exp_avg_scale)
+    if entry is None or not isinstance(value, Tensor) or tuple(value.shape) != entry.shape:
+        return state
+    if value.dtype is torch.int8 and isinstance(scale, Tensor):
+        lying = [way for way in (False, True) if tuple(scale.shape) == spec.scale_shape(way)]
+        if not lying or (entry.dtype is torch.int8 and spec.swapped in lying):
+            return state
+        (swapped, *_) = lying
+        lines = _lines_of(value, spec, swapped)
+        value = dequantise(lines, scale.mT if swapped else scale, spec.math_dtype)
+        value = _from_lines(value, spec, swapped)
+    elif entry.dtype is not torch.int8 or not value.is_floating_point():
+        return state
+    loaded = {key: kept for key, kept in state.items() if key != layout.exp_avg_scale}
+    if entry.dtype is torch.int8:
+        value, scale = quantise(_lines_of(value.to(spec.math_dtype), spec, spec.swapped))
+        value = _from_lines(value, spec, spec.swapped)
+        loaded[layout.exp_avg_scale] = scale.mT if spec.swapped else scale
+    return {**loaded, layout.exp_avg: value}
+
+
+def _lines_of(value: Tensor, spec: TensorSpec, swapped: bool) -> Tensor:
+    """A full-size entry as the lines that blocks lie along."""
+    return spec.to_lines(value if spec.view is None else spec.view.to_matrices(value), swapped)
+
+
+def _from_lines(lines: Tensor, spec: TensorSpec, swapped: bool) -> Tensor:
+    """The reverse, in the shape in which a state keeps it."""
+    whole = spec.from_lines(lines, swapped)
+    if spec.view is None or spec.view.permutation is None:
+        return whole
+    return spec.view.from_matrices(whole)
+
+
+def _is_kind_of(dtype: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether a state entry of a dtype will do: any floating point, or the very integers."""
+    return dtype == wanted or (dtype.is_floating_point and wanted.is_floating_point)
+
+
+def _empty(spec: TensorSpec, name: str, entry: Entry) -> Tensor:
+    """Memory for an entry: scales line by line, what is full-size as the spec says."""
+    if name == "exp_avg_scale" and spec.swapped:
+        *batch, blocks, lines = entry.shape
+        return torch.empty((*batch, lines, blocks), dtype=entry.dtype, device=spec.device).mT
+    if entry.part == spec.shape and name != "exp_avg_scale":
         return torch.empty_strided(
             spec.shape, spec.state_strides, dtype=entry.dtype, device=spec.device
         )

@@ -76,10 +76,14 @@ class Tuning:
 
     def for_math(self, dtype: torch.dtype) -> Tuning:
         """The same for a math dtype: half as many elements of float64 fit."""
-        if dtype is not torch.float64:
-            return self
-        halves = {name: getattr(self, name) // 2 for name in ("tile", "widest", "flat_tile")}
-        return replace(self, **halves)
+        return self if dtype is not torch.float64 else self._halved("tile", "widest", "flat_tile")
+
+    def for_blocks(self) -> Tuning:
+        """The same where the first moment is in 8-bit blocks, each of them looked at as a whole."""
+        return self._halved("tile", "flat_tile", "tiny_tile")
+
+    def _halved(self, *names: str) -> Tuning:
+        return replace(self, **{name: getattr(self, name) // 2 for name in names})
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,11 @@ void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line
     for (int64_t i = 0; i < n; i += kLanes) ask_for(param + i, kAheadOfChunk);
     for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i], -delta[i]);
   }
-  if (t.exp_avg != nullptr) write(t, t.state_strides, exp_avg, t.exp_avg, t.exp_avg_dtype, k, n);
+  if (t.exp_avg_scale != nullptr) {
+    write_blocks(t, k, n, exp_avg, c.buffer[10]);
+  } else if (t.exp_avg != nullptr) {
+    write(t, t.state_strides, exp_avg, t.exp_avg, t.exp_avg_dtype, k, n);
+  }
   if (r.amsgrad) write(t, t.state_strides, u.var_max, t.var_max, t.moment_dtype, k, n);
   if (t.form == kUnfactored) write(t, t.state_strides, u.var, t.var, t.moment_dtype, k, n);
   if (t.accumulator != nullptr) {

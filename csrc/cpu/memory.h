@@ -91,6 +91,13 @@ void convert_from(M* __restrict to, const void* from, int32_t dtype, int64_t off
   } else if (dtype == kFloat16) {
     const uint16_t* p = static_cast<const uint16_t*>(from) + offset;
     for (int64_t i = 0; i < count; ++i) to[i] = M(half_to_float(p[i * stride]));
+  } else if (dtype == kBlocks) {
+    const int8_t* p = static_cast<const int8_t*>(from) + offset;
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) to[i] = M(p[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = M(p[i * stride]);
+    }
   } else {
     const double* p = static_cast<const double*>(from) + offset;
     for (int64_t i = 0; i < count; ++i) to[i] = M(p[i * stride]);
@@ -112,6 +119,13 @@ void convert_to(const M* __restrict from, void* to, int32_t dtype, int64_t offse
   } else if (dtype == kFloat16) {
     uint16_t* p = static_cast<uint16_t*>(to) + offset;
     for (int64_t i = 0; i < count; ++i) p[i * stride] = float_to_half(float(from[i]));
+  } else if (dtype == kBlocks) {
+    int8_t* p = static_cast<int8_t*>(to) + offset;
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) p[i] = int8_t(int32_t(from[i]));
+    } else {
+      for (int64_t i = 0; i < count; ++i) p[i * stride] = int8_t(int32_t(from[i]));
+    }
   } else {
     double* p = static_cast<double*>(to) + offset;
     for (int64_t i = 0; i < count; ++i) p[i * stride] = double(from[i]);

@@ -3,6 +3,7 @@
 #ifndef FUSED_ADAFACTOR_CPU_UPDATE_H
 #define FUSED_ADAFACTOR_CPU_UPDATE_H
 
+#include "blocks.h"
 #include "sums.h"
 #include "tiny.h"
 
@@ -75,13 +76,20 @@ const M* read_grad(const Tensor& t, const Rule& r, int64_t k, int64_t n, M* buff
   return buffer;
 }
 
+// Chunks are made of whole blocks: for_each_chunk begins each at a line or at a multiple of kChunk in it.
+static_assert(kChunk % kBlock == 0, "a chunk ends where a block does");
+
 // beta1 m + (1 - beta1) x, rounded to the dtype of m, into `out`.
 template <class M>
 void new_exp_avg(const Tensor& t, const Rule& r, const M* value, M scale, int64_t k, int64_t n, M* out, M* spare) {
-  const M* old = read(t, t.state_strides, t.exp_avg, t.exp_avg_dtype, k, n, spare);
+  const bool in_blocks = t.exp_avg_dtype == kBlocks;
+  const M* old = in_blocks ? read_blocks(t, k, n, spare)
+                           : read(t, t.state_strides, t.exp_avg, t.exp_avg_dtype, k, n, spare);
   const M beta1 = M(r.beta1), rest = M(1.0 - r.beta1);
   for (int64_t i = 0; i < n; ++i) out[i] = beta1 * old[i] + rest * (value[i] * scale);
-  if (t.exp_avg_dtype != DtypeOf<M>::value) {
+  if (in_blocks) {
+    round_to_blocks(t, k, n, out);
+  } else if (t.exp_avg_dtype != DtypeOf<M>::value) {
     for (int64_t i = 0; i < n; ++i) out[i] = stored(out[i], t.exp_avg_dtype);
   }
 }

@@ -32,14 +32,20 @@ from fused_adafactor.rule import (
 from fused_adafactor.slabs import CPU_CUT, Form, Geometry, ItemKind, geometry_of, is_whole, items_of
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int8: 4,  # in blocks
+}
 _EPS1_RULES = {Eps1Rule.ADD: 0, Eps1Rule.CLAMP: 1}
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 _DECAYS = {DecayFactor.ALPHA: 1, DecayFactor.LR: 2, DecayFactor.ONE: 3}
@@ -72,8 +78,8 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("exp_avg_dtype", "math_dtype", "param_index")),
         *((name, ctypes.c_double) for name in ("grad_scale", "grad_factor")),
         *((name, ctypes.c_void_p) for name in ("param", "grad", "line_var", "cross_var", "var")),
-        *((name, ctypes.c_void_p) for name in ("var_max", "exp_avg", "compensation", "average")),
-        ("accumulator", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("var_max", "exp_avg", "exp_avg_scale")),
+        *((name, ctypes.c_void_p) for name in ("compensation", "average", "accumulator")),
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
         *((name, ctypes.c_int64) for name in ("scratch", "after")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.binding import Binding, Exchange, PartialSum
+from fused_adafactor.blocks import dequantise, quantise
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import (
@@ -230,9 +231,9 @@ def apply(b: _Work) -> None:
     if b.rule.momentum is None or b.rule.momentum.site is MomentumSite.GRAD:
         delta = b.alpha * delta
     elif b.rule.momentum.site is MomentumSite.UPDATE:
-        delta = b.alpha * _read(b, exp_avg)
+        delta = b.alpha * exp_avg
     else:
-        delta = _read(b, exp_avg)
+        delta = exp_avg
     _write_moments(b, exp_avg)
     _write_param(b, b.planned.spec.view.from_matrices(delta) if b.planned.spec.view else delta)
     if b.accumulator is not None:
@@ -309,16 +310,32 @@ def _numerator(b: _Work) -> Tensor:
     """What is divided by the root of v: g, or its average where momentum is on the gradient."""
     if b.rule.momentum is None or b.rule.momentum.site is not MomentumSite.GRAD:
         return _read_grad(b)
-    return _read(b, _new_exp_avg(b, _read_grad(b))) * b.scalars.numerator_scale
+    return _new_exp_avg(b, _read_grad(b)) * b.scalars.numerator_scale
 
 
 def _new_exp_avg(b: _Work, value: Tensor) -> Tensor:
-    """First moment after this step in its own dtype, [..., n, m] or full."""
+    """First moment after this step, rounded to its dtype and read back, [..., n, m] or full."""
     assert b.exp_avg is not None
-    view = b.planned.spec.view
-    old = b.exp_avg if view is None else view.to_matrices(b.exp_avg)
-    beta1 = b.scalars.beta1
-    return (beta1 * _read(b, old) + (1 - beta1) * value).to(b.exp_avg.dtype)
+    spec, beta1 = b.planned.spec, b.scalars.beta1
+    old = b.exp_avg if spec.view is None else spec.view.to_matrices(b.exp_avg)
+    if b.exp_avg_scale is None:
+        return _read(b, (beta1 * _read(b, old) + (1 - beta1) * value).to(b.exp_avg.dtype))
+    q = spec.to_lines(old, spec.swapped)
+    old = spec.from_lines(dequantise(q, b.exp_avg_scale, spec.math_dtype), spec.swapped)
+    new = spec.to_lines(beta1 * old + (1 - beta1) * value, spec.swapped)
+    return spec.from_lines(dequantise(*quantise(new), spec.math_dtype), spec.swapped)
+
+
+def _write_exp_avg(b: _Work, exp_avg: Tensor) -> None:
+    """Store the new first moment; what has been rounded is not changed by rounding it again."""
+    assert b.exp_avg is not None
+    spec = b.planned.spec
+    target = b.exp_avg if spec.view is None else spec.view.to_matrices(b.exp_avg)
+    if b.exp_avg_scale is not None:
+        q, scale = quantise(spec.to_lines(exp_avg, spec.swapped))
+        exp_avg = spec.from_lines(q, spec.swapped)
+        _write(b, b.exp_avg_scale, scale)
+    _write(b, target, exp_avg)
 
 
 def _new_exp_avg_of_update(b: _Work, clipped: Tensor) -> Tensor:
@@ -503,7 +520,7 @@ def _write_moments(b: _Work, exp_avg: Tensor) -> None:
         new = _new_var_max(b)
         _write(b, b.var_max if view is None else view.to_matrices(b.var_max), new)
     if b.exp_avg is not None:
-        _write(b, b.exp_avg if view is None else view.to_matrices(b.exp_avg), exp_avg)
+        _write_exp_avg(b, exp_avg)
     if b.var is not None:
         _write(b, b.var, _new_var(b))
     for target, factor in ((b.row_var, partials.row_var), (b.col_var, partials.col_var)):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Arguments = Mapping[str, Any]
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+I8 = torch.int8
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942",)
@@ -47,11 +48,13 @@ RULES: Mapping[str, Mapping[str, Arguments]] = {
         "no_parameter_scale": {"scale_parameter": False, "relative_step": False, "lr": 1e-3},
         "momentum": {"beta1": 0.9},
         "momentum_skip": {"beta1": 0.9, "nonfinite": "skip"},
+        "momentum_of_8_bits": {"beta1": 0.9, "momentum_dtype": I8},
     },
     "adafactor_pytorch": {
         "defaults": {},
         "no_momentum": {"beta1": 0.0},
         "amsgrad": {"non_constant_decay": False, "ams_grad": True},
+        "momentum_of_8_bits": {"momentum_dtype": I8},
         "unfactored": {"enable_factorization": False},
         "bfloat16_state": {"state_dtype": BF16},
     },
@@ -74,6 +77,7 @@ RULES: Mapping[str, Mapping[str, Arguments]] = {
         "defaults": {},
         "clip": {"clipping_threshold": 1.0},
         "no_momentum": {"momentum": None},
+        "momentum_of_8_bits": {"momentum_dtype": I8},
     },
 }
 _CLASSES = {"adafactor_pytorch": "AdaFactor"}
@@ -97,6 +101,18 @@ TENSORS: Mapping[str, Sequence[tuple[int, ...]]] = {
     "transposed_gradients": ((256, 512), (512,)),
 }
 MODEL = "model"
+
+# For one target only. Blocks of 8 bits lie in tiles of every kind, and where it is the gradient
+# that is averaged, the first sweep has them too.
+_MORE = (
+    *(("torch", "defaults", MODEL, *dtypes) for dtypes in ((F16, F16), (F64, F64))),
+    *(("torch", "defaults", MODEL, *dtypes) for dtypes in ((F32, BF16), (BF16, F32))),
+    ("adafactor_pytorch", "momentum_of_8_bits", "long_lines", F32, F32),
+    *(
+        ("hf", "momentum_of_8_bits", tensors, F32, F32)
+        for tensors in ("ragged_lines", "tiny_matrices")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -178,8 +194,8 @@ def default_cases() -> dict[Case, tuple[str, ...]]:
     # What holds most on its way to a program: shared memory differs between GPUs.
     for dialect, rule in (("keras", "accumulated_average"), ("adafactor_pytorch", "amsgrad")):
         add(NVIDIA, dialect, rule, MODEL, F32, F32, "persistent")
-    for dtype, grad_dtype in ((F16, F16), (F64, F64), (F32, BF16), (BF16, F32)):
-        add(ONE, "torch", "defaults", MODEL, dtype, grad_dtype, "persistent")
+    for of_case in _MORE:
+        add(ONE, *of_case, "persistent")
     for tensors in TENSORS:
         for form in LAUNCHES:
             add(ONE, "torch", "defaults", tensors, BF16, BF16, form)

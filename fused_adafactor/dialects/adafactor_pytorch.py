@@ -12,6 +12,7 @@ from typing_extensions import Unpack, override
 from fused_adafactor.arguments import (
     Extras,
     is_negative,
+    momentum_of,
     require_given,
     require_numbers,
     rule_arguments,
@@ -145,9 +146,12 @@ class AdaFactor(AdafactorBase):
             beta2=_beta("beta2", group["beta2"], corrected),
             step_size=_step_size(group),
             clip_threshold=group["cliping_threshold"],
-            momentum=None
-            if not callable(beta1) and beta1 == 0
-            else Momentum(MomentumSite.GRAD, _beta("beta1", beta1, corrected), debias=True),
+            momentum=momentum_of(
+                group,
+                None
+                if not callable(beta1) and beta1 == 0
+                else Momentum(MomentumSite.GRAD, _beta("beta1", beta1, corrected), debias=True),
+            ),
             amsgrad=group["ams_grad"] and not corrected,
             weight_decay=WeightDecay(decay, DecayFactor.ALPHA) if decay else None,
             **rule_arguments(group),

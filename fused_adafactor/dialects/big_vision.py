@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
 from fused_adafactor.arguments import (
-    Extras,
+    BigVisionExtras,
     is_negative,
     require_given,
     require_numbers,
@@ -52,6 +52,8 @@ class Adafactor(AdafactorBase):
         beta2_cap: Largest beta2_t, in [0, 1].
         momentum: In [0, 1]; None for none.
         momentum_dtype: Of the momentum buffer; a dtype, or "float32", "bfloat16" or "float16".
+            "int8" or torch.int8, which timm does not take, is 8 bits in blocks of 32 that share a
+            scale (``fused_adafactor.blocks``).
         eps: Added to g²; None for 1e-30.
         weight_decay: Decoupled, times lr.
         clipping_threshold: Of RMS(u), above 0; None for no clipping.
@@ -59,7 +61,7 @@ class Adafactor(AdafactorBase):
         caution: Refused.
         corrected_weight_decay: Weight decay is multiplied once more by lr / max_lr, max_lr being
             the lr given here, which must then be a positive peak (arXiv 2506.02285).
-        **extras: See ``fused_adafactor.arguments.Extras``.
+        **extras: See ``fused_adafactor.arguments.BigVisionExtras``.
 
     State, by timm's keys:
         step 0-d; exp_avg_sq_r and exp_avg_sq_c, the parameter's shape with its largest and with its
@@ -102,7 +104,7 @@ class Adafactor(AdafactorBase):
         unscaled_wd: bool = False,
         caution: bool = False,
         corrected_weight_decay: bool = False,
-        **extras: Unpack[Extras],
+        **extras: Unpack[BigVisionExtras],
     ) -> None:
         """Check the arguments and build the param groups."""
         defaults = {
@@ -166,10 +168,12 @@ def _weight_decay(group: Mapping[str, Any]) -> WeightDecay | None:
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+    if not isinstance(parsed, torch.dtype) or not (
+        parsed.is_floating_point or parsed is torch.int8
+    ):
         raise ValueError(
-            "momentum_dtype should be 'float32', 'bfloat16', 'float16' or a floating point "
-            f"torch.dtype but is: {dtype!r}"
+            "momentum_dtype should be 'float32', 'bfloat16', 'float16', 'int8', or torch.int8 or a "
+            f"floating point torch.dtype but is: {dtype!r}"
         )
     return parsed
 

@@ -13,6 +13,7 @@ from typing_extensions import Unpack, override
 from fused_adafactor.arguments import (
     Extras,
     is_negative,
+    momentum_of,
     require_given,
     require_numbers,
     require_pair,
@@ -134,7 +135,9 @@ class Adafactor(AdafactorBase):
             beta2=PowerDecay(-group["decay_rate"]),
             step_size=_step_size(group),
             clip_threshold=group["clip_threshold"],
-            momentum=None if beta1 is None else Momentum(MomentumSite.STEP, Constant(beta1)),
+            momentum=momentum_of(
+                group, None if beta1 is None else Momentum(MomentumSite.STEP, Constant(beta1))
+            ),
             weight_decay=WeightDecay(decay, DecayFactor.ALPHA) if decay else None,
             **rule_arguments(group),
         )

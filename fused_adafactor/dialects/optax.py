@@ -14,6 +14,7 @@ from typing_extensions import Unpack, override
 from fused_adafactor.arguments import (
     Extras,
     is_negative,
+    momentum_of,
     require_given,
     require_numbers,
     rule_arguments,
@@ -60,7 +61,8 @@ class Adafactor(AdafactorBase):
         multiply_by_parameter_scale: Whether alpha_t holds max(1e-3, RMS(p)).
         clipping_threshold: Of RMS(u), above 0; None for no clipping.
         momentum: In [0, 1]; None for none.
-        dtype_momentum: Of the momentum buffer.
+        dtype_momentum: Of the momentum buffer, unless momentum_dtype is given, which every dialect
+            takes and which knows 8 bits.
         weight_decay_rate: Fraction that each step takes, not times learning_rate: a number or a
             function of the count of earlier steps; None for none.
         eps: Added to g².
@@ -91,7 +93,14 @@ class Adafactor(AdafactorBase):
         Shazeer and Stern, Adafactor, arXiv 1804.04235, Algorithms 4 and 5.
     """
 
-    layout = StateLayout(row_var="v_row", col_var="v_col", var="v", exp_avg="ema", keepdim=False)
+    layout = StateLayout(
+        row_var="v_row",
+        col_var="v_col",
+        var="v",
+        exp_avg="ema",
+        exp_avg_scale="ema_scale",
+        keepdim=False,
+    )
 
     aliases: ClassVar[Mapping[str, str]] = {"learning_rate": "lr"}
 
@@ -145,9 +154,12 @@ class Adafactor(AdafactorBase):
             beta2=PowerDecay(group["decay_rate"], group["decay_offset"]),
             step_size=_step_size(group["lr"]),
             clip_threshold=group["clipping_threshold"],
-            momentum=None
-            if momentum is None
-            else Momentum(MomentumSite.STEP, Constant(momentum), dtype=group["dtype_momentum"]),
+            momentum=momentum_of(
+                group,
+                None
+                if momentum is None
+                else Momentum(MomentumSite.STEP, Constant(momentum), dtype=group["dtype_momentum"]),
+            ),
             weight_decay=WeightDecay(decay, DecayFactor.ONE) if decay else None,
             step_count=StepCount.GLOBAL,
             **rule_arguments(group),

@@ -12,6 +12,7 @@ from typing_extensions import Unpack, override
 from fused_adafactor.arguments import (
     TorchExtras,
     is_negative,
+    momentum_of,
     require_given,
     require_numbers,
     require_pair,
@@ -98,6 +99,7 @@ class Adafactor(AdafactorBase):
             beta2=PowerDecay(-group["beta2_decay"]),
             step_size=StepSize(inverse_sqrt=True),
             clip_threshold=group["d"],
+            momentum=momentum_of(group, None),
             weight_decay=WeightDecay(decay, DecayFactor.LR) if decay else None,
             maximize=group["maximize"],
             **rule_arguments(group),

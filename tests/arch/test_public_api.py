@@ -101,6 +101,7 @@ def test_the_extras_have_the_documented_defaults() -> None:
         "rounding": "nearest",
         "seed": 0,
         "state_dtype": None,
+        "momentum_dtype": None,
         "max_grad_norm": None,
         "nonfinite": "propagate",
         "capturable": False,

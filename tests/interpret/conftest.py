@@ -35,9 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 if backend.interprets():
-    from tests.interpret.quicker import patch_once_a_launch
+    from tests.interpret.quicker import patch_once_a_launch, patch_scans_for_the_largest
 
     patch_once_a_launch()
+    patch_scans_for_the_largest()
 
 
 @pytest.fixture(autouse=True)

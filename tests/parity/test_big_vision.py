@@ -350,7 +350,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "momentum": ({"momentum": -0.1}, ValueError, r"momentum should be in \[0, 1\]"),
     "eps": ({"eps": -1.0}, ValueError, "Invalid eps"),
     "clipping": ({"clipping_threshold": 0.0}, ValueError, "clipping_threshold should be > 0"),
-    "dtype": ({"momentum_dtype": "int8"}, ValueError, "momentum_dtype should be 'float32'"),
+    "dtype": ({"momentum_dtype": "int16"}, ValueError, "momentum_dtype should be 'float32'"),
     "dtype_unknown": ({"momentum_dtype": "fp8"}, ValueError, "momentum_dtype should be"),
     "caution": ({"caution": True}, ValueError, "caution=True is not available"),
     "max_lr": ({"lr": 0.0, "corrected_weight_decay": True}, ValueError, "positive max lr"),

@@ -10,10 +10,10 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 constexpr int32_t kMaxDims = 8;
 
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
 enum Eps1Rule : int32_t { kEps1Add = 0, kEps1Clamp = 1 };
 enum MomentumSite : int32_t { kNoMomentum = 0, kMomentumGrad = 1, kMomentumUpdate = 2, kMomentumStep = 3 };
 enum DecayFactor : int32_t { kNoDecay = 0, kDecayAlpha = 1, kDecayLr = 2, kDecayOne = 3 };
@@ -92,6 +92,7 @@ struct Tensor {
   void* var;
   void* var_max;
   void* exp_avg;
+  uint8_t* exp_avg_scale;     // of each block, line by line, where exp_avg_dtype is kBlocks
   void* compensation;
   void* average;
   void* accumulator;          // math dtype

@@ -71,6 +71,11 @@ FA_HD uint16_t to_bfloat16_stochastic(float value, uint32_t random16) {
   return uint16_t(magnitude >= 0x7F800000u ? kept : rounded);
 }
 
+// 2^(scale - 127), NaN for 0xFF: the scale of a block of 8-bit numbers; see fused_adafactor/blocks.py.
+FA_HD float power_of_two(uint32_t scale) {
+  return float_from_bits(scale == 0u ? 0x00400000u : scale == 0xFFu ? 0x7FC00000u : scale << 23);
+}
+
 // Philox-4x32-10: Salmon et al., SC 2011. Ten rounds of two products, with a key that moves on by these.
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;

@@ -10,6 +10,7 @@ from operator import or_
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fused_adafactor.backends.triton import fields as f
@@ -149,10 +150,13 @@ class Executor:
             rules.append(numbers[key])
         return rules
 
+    def _tuning_of(self, traits: Variant) -> Tuning:
+        return self.tuning.for_blocks() if traits.EXP_AVG == tl.int8 else self.tuning
+
     def _pieces_of(self, geometry: Geometry, traits: Variant) -> Pieces:
         return pieces_of(
             geometry,
-            self.tuning,
+            self._tuning_of(traits),
             measures=traits.MEASURES,
             amsgrad_or_clamp=traits.AMSGRAD or traits.CLAMPS,
             norm_clipped=traits.NORM_CLIPPED,
@@ -314,7 +318,12 @@ class Executor:
             count=len(tickets),
             programs=min(len(tickets), self._programs()) if waits else len(tickets),
             variant=variant_of(
-                group.traits, pieces, self.tuning, kinds, waits=waits, joined=joined
+                group.traits,
+                pieces,
+                self._tuning_of(group.traits),
+                kinds,
+                waits=waits,
+                joined=joined,
             ),
         )
 

@@ -53,7 +53,9 @@ STRIDES = tl.constexpr(51)
 GRAD_STRIDES = tl.constexpr(59)
 STATE_STRIDES = tl.constexpr(67)
 LOGICAL = tl.constexpr(75)
-TENSOR_FIELDS = tl.constexpr(83)
+EXP_AVG_SCALE = tl.constexpr(83)  # address
+BLOCK_LINE = tl.constexpr(84)  # elements of a line that blocks lie along
+TENSOR_FIELDS = tl.constexpr(85)
 
 # Counters of a tensor.
 STATS_DONE = tl.constexpr(0)

@@ -113,7 +113,7 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
             if chunk == 0:
                 tl.store(lines + line, new, mask=line_mask)
             if V.WEIGHS:
-                num, _ = numerator(row, rule, g, k, mask, V)
+                num, _ = numerator(row, rule, g, k, mask, False, V)
                 # A line of zeros has no share in Σ u².
                 weight = tl.where(line_mask & (new != 0.0), inverse(new), 0.0)
                 weighted = tl.fma(num * num, weight[:, None], weighted)
@@ -154,7 +154,7 @@ def sum_flat(row, rule, integers, grad, scratch, unit, TINY: tl.constexpr, V: tl
             inverse_v, _, _ = flat_factors(
                 row, rule, integers, grad, 1.0, g, first, k, mask, TINY, V
             )
-            u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
+            u, _, _ = update_of(row, rule, g, inverse_v, k, mask, TINY, V)
             update_sq = tl.fma(u, u, update_sq)
         if V.PARAM_RMS:
             p = read(row, f.PARAM, f.STRIDES, V.PARAM, k, mask, V)

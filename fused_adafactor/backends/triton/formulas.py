@@ -101,6 +101,23 @@ def stored(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(scale):
+    """2^(scale - 127) in float32, NaN for 0xFF: the scale of a block of 8-bit numbers."""
+    bits = tl.where(scale == 255, 0x7FC00000, scale << 23)
+    return tl.where(scale == 0, 0x00400000, bits).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def whole(x):
+    """The nearest whole number, ties to even, of numbers up to 2^22."""
+    if x.dtype == tl.float64:
+        result = (x + 6755399441055744.0) - 6755399441055744.0
+    else:
+        result = (x + 12582912.0) - 12582912.0
+    return result
+
+
+@triton.jit
 def random16(element, seed, param_index, step, stream):
     """The 16 random bits of each element: one Philox-4x32-10 for each of them."""
     words = _rounding_block(element >> 3, seed, param_index, step, stream)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.backends.triton.blocks import write_blocks
 from fused_adafactor.backends.triton.first_sweep import elements_of, flat_factors
 from fused_adafactor.backends.triton.formulas import (
     inverse_root,
@@ -83,10 +84,10 @@ def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V:
                         g = read_grad(row, rule, grad, factor, k, mask, V)
                         col_factor = tl.load(factors + col, mask=col_mask, other=0.0)
                         inverse_v = line_factor[:, None] * col_factor[None, :]
-                        u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
+                        u, _, _ = update_of(row, rule, g, inverse_v, k, mask, False, V)
                         total += tl.sum(u * u, 1).to(tl.float64)
                         if corrects:
-                            num, _ = numerator(row, rule, g, k, mask, V)
+                            num, _ = numerator(row, rule, g, k, mask, False, V)
                             # The identity has left out all-zero columns.
                             counted = tl.where(mask & is_finite(inverse_v), num * inverse_v, 0.0)
                             total -= tl.sum(counted * counted, 1).to(tl.float64)
@@ -109,7 +110,7 @@ def measure_flat(
         inverse_v, _, _ = flat_factors(
             row, rule, integers, grad, factor, g, first, k, mask, TINY, V
         )
-        u, _, _ = update_of(row, rule, g, inverse_v, k, mask, V)
+        u, _, _ = update_of(row, rule, g, inverse_v, k, mask, TINY, V)
         total = tl.fma(u, u, total)
     sums = in_scratch(row, scratch, f.SUMS, tl.float64) + unit * f.UNIT_SUMS
     tl.store(sums + f.UNIT_UPDATE_SQ, tl.sum(tl.sum(total, 1), 0).to(tl.float64))
@@ -147,7 +148,7 @@ def apply_lines(
                 inverse_v = line_factor[:, None] * col_factor[None, :]
                 _apply(
                     row, rule, integers, outcome, g, inverse_v, line * cols + column, k, mask,
-                    SPAN, V,
+                    SPAN, False, V,
                 )  # fmt: skip
         if first_of_block == matrix * rows:
             crossing = in_scratch(row, scratch, f.CROSS, V.MATH) + matrix * cols
@@ -173,7 +174,7 @@ def apply_flat(
             row, rule, integers, grad, factor, g, first, k, mask, TINY, V
         )
         base = tl.zeros((1,), tl.int64) + first
-        _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, TILE, V)
+        _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, TILE, TINY, V)
         if TINY:
             write_tiny_factors(row, var, col_var, k, mask, V)
         else:
@@ -220,17 +221,28 @@ def apply_unit(row, rule, integers, grad, factor, scratch, outcome, unit, V: tl.
 
 @triton.jit
 def _apply(
-    row, rule, integers, outcome, g, inverse_v, first, k, mask, SPAN: tl.constexpr, V: tl.constexpr
+    row,
+    rule,
+    integers,
+    outcome,
+    g,
+    inverse_v,
+    first,
+    k,
+    mask,
+    SPAN: tl.constexpr,
+    TINY: tl.constexpr,
+    V: tl.constexpr,
 ):
     """p ← round(decay p - delta), and the moments, of a tile of elements."""
-    u, exp_avg, var_max = update_of(row, rule, g, inverse_v, k, mask, V)
+    u, exp_avg, var_max = update_of(row, rule, g, inverse_v, k, mask, TINY, V)
     alpha = tl.load(outcome + f.ALPHA).to(V.MATH)
     by_clip = tl.load(outcome + f.BY_CLIP).to(V.MATH)
     if V.MOMENTUM == 2:
-        exp_avg = new_exp_avg(row, rule, u * by_clip, k, mask, V)
+        exp_avg = new_exp_avg(row, rule, u * by_clip, k, mask, TINY, V)
         delta = alpha * exp_avg
     elif V.MOMENTUM == 3:
-        exp_avg = new_exp_avg(row, rule, u * (alpha * by_clip), k, mask, V)
+        exp_avg = new_exp_avg(row, rule, u * (alpha * by_clip), k, mask, TINY, V)
         delta = exp_avg
     else:
         delta = u * (alpha * by_clip)
@@ -239,7 +251,10 @@ def _apply(
         p += read(row, f.COMPENSATION, f.STATE_STRIDES, V.PARAM, k, mask, V)
     value = tl.fma(tl.zeros(k.shape, V.MATH) + tl.load(outcome + f.DECAYED).to(V.MATH), p, -delta)
     if V.MOMENTUM != 0:
-        write(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, exp_avg, V)
+        if V.EXP_AVG == tl.int8:
+            write_blocks(row, k, mask, exp_avg, TINY, V)
+        else:
+            write(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, exp_avg, V)
     if V.AMSGRAD:
         write(row, f.VAR_MAX, f.STATE_STRIDES, V.MOMENT, k, mask, var_max, V)
     if V.ACCUMULATES:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fused_adafactor.backends.triton import fields as f
 from fused_adafactor.binding import Binding, Cohort, memory_of
+from fused_adafactor.blocks import BLOCK
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind
 from fused_adafactor.schedule import Number
+from fused_adafactor.slabs import Form, Geometry
 from fused_adafactor.tickets import Pieces, Scratch
 
 _SPARE_BUFFERS = 4
@@ -58,6 +60,7 @@ def tensor_row(b: Binding, rule: int, pieces: Pieces, scratch: Scratch) -> list[
     put(f.PARTIAL, scratch.partial)
     put(f.CHUNK_SUMS, scratch.chunk_sums)
     put(f.AFTER, -1)
+    put(f.BLOCK_LINE, _block_line(geometry))
     put(f.DIMS, len(geometry.sizes))
     put(f.SIZES, *geometry.sizes)
     put(f.STRIDES, *geometry.strides)
@@ -65,6 +68,13 @@ def tensor_row(b: Binding, rule: int, pieces: Pieces, scratch: Scratch) -> list[
     put(f.STATE_STRIDES, *geometry.state_strides)
     put(f.LOGICAL, *geometry.logical)
     return row
+
+
+def _block_line(geometry: Geometry) -> int:
+    """Elements of a line along which blocks lie: of an unfactored tensor it is any whole blocks."""
+    if geometry.form is Form.UNFACTORED:
+        return BLOCK
+    return geometry.matrix[1] if geometry.form is Form.TINY else geometry.cols
 
 
 def numbers_row(cohort: Cohort, eps1: float) -> list[Number]:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.backends.triton.blocks import read_blocks, stored_in_blocks
 from fused_adafactor.backends.triton.formulas import (
     at_most,
     inverse,
@@ -70,20 +71,27 @@ def new_factor(old, total, count, random, rule, V: tl.constexpr):
 
 
 @triton.jit
-def new_exp_avg(row, rule, value, k, mask, V: tl.constexpr):
+def new_exp_avg(row, rule, value, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     """First moment after this step, as it will be read back."""
-    old = read(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, V)
+    if V.EXP_AVG == tl.int8:
+        old = read_blocks(row, k, mask, TINY, V)
+    else:
+        old = read(row, f.EXP_AVG, f.STATE_STRIDES, V.EXP_AVG, k, mask, V)
     new = tl.fma(number(rule, f.REST1, V), value, number(rule, f.BETA1, V) * old)
-    return stored(new, V.EXP_AVG)
+    if V.EXP_AVG == tl.int8:
+        new = stored_in_blocks(row, new, mask, TINY, V)
+    else:
+        new = stored(new, V.EXP_AVG)
+    return new
 
 
 @triton.jit
-def numerator(row, rule, grad, k, mask, V: tl.constexpr):
+def numerator(row, rule, grad, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     """num and the new average of g: num is that average where momentum is on the gradient, or g."""
     exp_avg = grad
     num = grad
     if V.MOMENTUM == 1:
-        exp_avg = new_exp_avg(row, rule, grad, k, mask, V)
+        exp_avg = new_exp_avg(row, rule, grad, k, mask, TINY, V)
         num = exp_avg * number(rule, f.NUMERATOR_SCALE, V)
     return num, exp_avg
 
@@ -172,9 +180,9 @@ def write_tiny_factors(row, row_var, col_var, k, mask, V: tl.constexpr):
 
 
 @triton.jit
-def update_of(row, rule, grad, inverse_v, k, mask, V: tl.constexpr):
+def update_of(row, rule, grad, inverse_v, k, mask, TINY: tl.constexpr, V: tl.constexpr):
     """u before clipping, from g and 1 / sqrt(v); also the new average of g and maximum of v."""
-    num, exp_avg = numerator(row, rule, grad, k, mask, V)
+    num, exp_avg = numerator(row, rule, grad, k, mask, TINY, V)
     inverse_v = at_most(inverse_v, number(rule, f.MOST_ROOT, V))
     var_max = inverse_v
     if V.AMSGRAD:

@@ -20,6 +20,7 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float64: tl.float64,
+    torch.int8: tl.int8,  # in blocks
 }
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 
@@ -35,7 +36,7 @@ class Variant(NamedTuple):
         PARAM: Of the parameter, and of its compensation.
         GRAD: Of the gradient.
         MOMENT: Of the second moments.
-        EXP_AVG: Of the first moment.
+        EXP_AVG: Of the first moment; int8 is that of blocks.
         MOMENTUM: 0 for none, else its site: 1 gradient, 2 update, 3 step.
         AMSGRAD: Whether v is the largest so far.
         MEASURES: Whether RMS(u) is wanted.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self, Unpack, override
 
-from fused_adafactor.arguments import KerasExtras, require_numbers, rule_arguments
+from fused_adafactor.arguments import KerasExtras, momentum_of, require_numbers, rule_arguments
 from fused_adafactor.dialects.keras.arguments import (
     CONFIG,
     LearningRate,
@@ -150,6 +150,7 @@ class Adafactor(VariablesOfKeras):
             beta2=PowerDecay(-group["beta_2_decay"]),
             step_size=StepSize(inverse_sqrt=True),
             clip_threshold=group["clip_threshold"],
+            momentum=momentum_of(group, None),
             weight_decay=WeightDecay(decay, DecayFactor.LR, before_rms=True) if decay else None,
             step_count=StepCount.GLOBAL,
             **rule_arguments(group),
