@@ -41,7 +41,10 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint_of(
-    groups: Sequence[Mapping[str, Any]], rules: Sequence[Rule], state: Mapping[Tensor, Any]
+    groups: Sequence[Mapping[str, Any]],
+    rules: Sequence[Rule],
+    state: Mapping[Tensor, Any],
+    mirrors: Mapping[Tensor, Tensor],
 ) -> tuple[Fingerprint, list[Tensor]] | None:
     """The fingerprint of a step, and the gradients that there are.
 
@@ -72,11 +75,12 @@ def fingerprint_of(
             list(map(_dtype, grads)),
             list(map(type, grads)),
             list(chain.from_iterable(state.values())),
-            list(map(Tensor.data_ptr, chain(kept, shared))),
+            list(map(Tensor.data_ptr, chain(kept, shared, mirrors.values()))),
         )
     except (RuntimeError, TypeError):
         return None
-    return Fingerprint([*params, *state, *kept, *shared], facts), grads
+    objects = [*params, *state, *kept, *shared, *mirrors, *mirrors.values()]
+    return Fingerprint(objects, facts), grads
 
 
 def _params(group: Mapping[str, Any]) -> list[Tensor]:

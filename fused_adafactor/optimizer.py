@@ -7,6 +7,7 @@ either.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
@@ -78,6 +79,9 @@ class AdafactorBase(CheckpointedOptimizer):
     aliases: ClassVar[Mapping[str, str]] = {}
     # The last step, kept for the next one; never copied, pickled or saved.
     _known: _Known | None = None
+    # What every new value of a parameter is written to besides, see ``Binding.mirror``; by
+    # parameter. For whoever owns the optimizer, as CPUOffload does; never copied, pickled or saved.
+    _mirrors: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
         """Check the extras and build the param groups."""
@@ -220,7 +224,7 @@ class AdafactorBase(CheckpointedOptimizer):
         known, self._known = self._known, None  # nothing stale is alive while a new one is made
         if known is None:
             return None
-        found = fingerprint_of(self.param_groups, rules, self.state)
+        found = fingerprint_of(self.param_groups, rules, self.state, self._mirrors)
         if found is None or not known.fingerprint.matches(found[0]):
             return None
         own_rules = self._own_rules(known.group_rules, known.ids, known.params)
@@ -250,7 +254,7 @@ class AdafactorBase(CheckpointedOptimizer):
             if param.grad is None and (not moves_without_grad or param not in self.state):
                 continue
             grad = param if param.grad is None else param.grad
-            spec = spec_of(id, param, grad, rule)
+            spec = spec_of(id, param, grad, rule, self._mirrors.get(param))
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             self._engine.check(spec, param, grad)
             drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
@@ -296,12 +300,13 @@ class AdafactorBase(CheckpointedOptimizer):
                     param=param,
                     state=self.state[param],
                     counter=counted,
+                    mirror=self._mirrors.get(param),
                 )
             clocks.append(Clock(list(counters.values()), not isinstance(call, Tensor)))
         prepared = Prepared(
             tasks=[tasks[draft.spec.id.index] for draft in drafts], cohorts=cohorts, clocks=clocks
         )
-        found = fingerprint_of(self.param_groups, rules, self.state)
+        found = fingerprint_of(self.param_groups, rules, self.state, self._mirrors)
         if found is not None:
             _, params, ids = map(list, zip(*self._ids(), strict=True))
             group_rules = [rules[id.group] for id in ids]
@@ -387,7 +392,8 @@ class AdafactorBase(CheckpointedOptimizer):
         specs = []
         for _, param, id in self._ids():
             grad = param if param.grad is None else param.grad
-            specs.append(spec_of(id, param, grad, self._param_rule(rules[id.group], id, param)))
+            rule = self._param_rule(rules[id.group], id, param)
+            specs.append(spec_of(id, param, grad, rule, self._mirrors.get(param)))
         return self._engine.explain(specs, rules)
 
 

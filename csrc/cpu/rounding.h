@@ -53,20 +53,21 @@ inline void rounding_blocks(const Tensor& t, const Rule& r, uint64_t block, int6
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
 
-// p rounded to bfloat16 with random bits keyed by the element's row-major index in the parameter; n <= kChunk.
-inline void write_stochastic(const Tensor& t, const Rule& r, const float* value, int64_t k, int64_t n) {
+// Numbers rounded to bfloat16 with random bits keyed by the element's row-major index in the parameter; n <= kChunk.
+inline void write_stochastic(const Tensor& t, const Rule& r, const int64_t* strides, const float* value, void* bfloat16,
+                             int64_t k, int64_t n) {
   uint64_t words[2 * kBlocksOfChunk];
   uint16_t halves[8 * kBlocksOfChunk];
-  uint16_t* param = static_cast<uint16_t*>(t.param);
-  const int64_t stride = stride_of_runs(t, t.strides), logical_stride = stride_of_runs(t, t.logical);
+  uint16_t* all = static_cast<uint16_t*>(bfloat16);
+  const int64_t stride = stride_of_runs(t, strides), logical_stride = stride_of_runs(t, t.logical);
   for (int64_t i = 0; i < n;) {
-    const Run to = run_at(t, t.strides, k + i), run = run_at(t, t.logical, k + i);
+    const Run to = run_at(t, strides, k + i), run = run_at(t, t.logical, k + i);
     const int64_t count = logical_stride == 1 ? least(run.count, n - i) : 1;
     const uint64_t element = uint64_t(run.offset), block = element >> 3;
     rounding_blocks(t, r, block, int64_t(((element + uint64_t(count) - 1) >> 3) - block + 1), words);
     memcpy(halves, words, sizeof words);
     const uint16_t* random = halves + (element & 7);
-    uint16_t* out = param + to.offset;
+    uint16_t* out = all + to.offset;
     if (stride == 1) {
       for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16_stochastic(value[i + j], random[j]);
     } else {
