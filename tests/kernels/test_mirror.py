@@ -117,21 +117,19 @@ def test_every_dtype(
         pair.check()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rule", ["hf", "hf-momentum", "adafactor_pytorch-amsgrad", "no_factors"])
-def test_every_layout(
-    rule: str, layout: str, offset: int, dtype: torch.dtype, backend: str
-) -> None:
+@pytest.mark.parametrize("rule", ["hf", "hf-momentum", "adafactor_pytorch-amsgrad"])
+def test_every_layout(rule: str, layout: str, backend: str) -> None:
+    """The mirror begins where a cache line does, or one element further on."""
     dialect, options = RULES[rule]
     lay_param, lay_grad = LAYOUTS[layout]
     shapes = [(4, 6, 3, 2), (2, 3, 40, 50), (1, 2, 300, 513)]
-    params = params_in(shapes, dtype, lay_param)
-    pair = mirrored(dialect, params, backend, BF16, offset=offset, **options)
-    for step in range(2):
-        pair.step([lay_grad(g) for g in draw(shapes, 2 * step, dtype)])
-        pair.check()
+    for dtype, offset in ((F32, 0), (F32, 1), (BF16, 1)):
+        params = params_in(shapes, dtype, lay_param)
+        pair = mirrored(dialect, params, backend, BF16, offset=offset, **options)
+        for step in range(2):
+            pair.step([lay_grad(g) for g in draw(shapes, 2 * step, dtype)])
+            pair.check()
 
 
 @pytest.mark.parametrize("layout", ["both_transposed", "both_channels_last", "both_strided"])
