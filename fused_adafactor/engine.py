@@ -118,6 +118,8 @@ class Prepared:
         tasks: Its tensors.
         cohorts: Theirs; their numbers are set before each step.
         clocks: What the step of each cohort is read from.
+        is_part: Whether other tensors are stepped in the same call, so that a counter that they
+            share is not advanced here.
         counters: Number of the counter of each task, by ``id``.
         courses: By the activities of the cohorts.
     """
@@ -125,6 +127,7 @@ class Prepared:
     tasks: Sequence[Task]
     cohorts: Sequence[Cohort]
     clocks: Sequence[Clock]
+    is_part: bool
     counters: dict[int, int] = field(init=False)
     courses: dict[tuple[Activity, ...], _Course] = field(default_factory=dict)
 
@@ -359,7 +362,10 @@ def _counters(prepared: Prepared) -> Counters:
     counted = {
         id(task.counter): task.counter
         for task in prepared.tasks
-        if task.cohort.rule.step_count is StepCount.GLOBAL
-        or task.cohort.activity in (Activity.UPDATE, Activity.ACCUMULATE)
+        if (
+            not prepared.is_part
+            if task.cohort.rule.step_count is StepCount.GLOBAL
+            else task.cohort.activity in (Activity.UPDATE, Activity.ACCUMULATE)
+        )
     }
     return Counters(list(counted.values()), [prepared.counters[key] for key in counted])

@@ -41,17 +41,29 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint_of(
+    params: Sequence[Tensor],
+    places: Sequence[object],
     groups: Sequence[Mapping[str, Any]],
     rules: Sequence[Rule],
     state: Mapping[Tensor, Any],
-    mirrors: Mapping[Tensor, Tensor],
+    mirrors: Sequence[Tensor],
 ) -> tuple[Fingerprint, list[Tensor]] | None:
     """The fingerprint of a step, and the gradients that there are.
 
-    Where gradients lie is not part of it: most steps have new ones. None if there is anything whose
-    memory cannot be told, such as a sparse gradient or a number in the state.
+    Where gradients lie is not part of it: most steps have new ones.
+
+    Args:
+        params: What is stepped.
+        places: Where each is, and its name, which a rule may go by; in any form.
+        groups: Those that the parameters are in.
+        rules: Theirs.
+        state: Of the parameters, and of others where it is not worth the time to choose.
+        mirrors: Likewise.
+
+    Returns:
+        None if there is anything whose memory cannot be told, such as a sparse gradient or a number
+        in the state.
     """
-    params = list(chain.from_iterable(map(_params, groups)))
     grads = list(map(_grad, params))
     given = list(map(is_not, grads, repeat(None)))
     grads = list(compress(grads, given))
@@ -59,8 +71,7 @@ def fingerprint_of(
     shared = [group["step"] for group in groups if "step" in group]
     try:
         facts = (
-            # Names are what a rule may go by.
-            [(len(g["params"]), list(g.get("param_names", ()))) for g in groups],
+            places,
             rules,
             [(g["seed"], g["capturable"], g["fused"]) for g in groups],
             given,
@@ -75,14 +86,8 @@ def fingerprint_of(
             list(map(_dtype, grads)),
             list(map(type, grads)),
             list(chain.from_iterable(state.values())),
-            list(map(Tensor.data_ptr, chain(kept, shared, mirrors.values()))),
+            list(map(Tensor.data_ptr, chain(kept, shared, mirrors))),
         )
     except (RuntimeError, TypeError):
         return None
-    objects = [*params, *state, *kept, *shared, *mirrors, *mirrors.values()]
-    return Fingerprint(objects, facts), grads
-
-
-def _params(group: Mapping[str, Any]) -> list[Tensor]:
-    params: list[Tensor] = group["params"]
-    return params
+    return Fingerprint([*params, *state, *kept, *shared, *mirrors], facts), grads

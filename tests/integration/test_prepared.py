@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_adafactor import optimizer as optimizer_module
+from fused_adafactor import preparing
 from fused_adafactor.backends import cpp
 from tests import stepping
 from tests.dialects import DIALECTS, HF, KERAS, OPTAX, TORCH, VARIANTS, Dialect
@@ -36,9 +36,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Every tensor that a step has looked at the long way."""
     calls: list[Any] = []
-    spec_of = optimizer_module.spec_of
+    spec_of = preparing.spec_of
     monkeypatch.setattr(
-        optimizer_module, "spec_of", lambda id, *args: (calls.append(id), spec_of(id, *args))[1]
+        preparing, "spec_of", lambda id, *args: (calls.append(id), spec_of(id, *args))[1]
     )
     return calls
 
