@@ -116,7 +116,7 @@ def spec_of(
         ValueError: Shapes differ, a rounding that the dtype does not have, or a mirror that is not
             laid out as ``state_strides``.
     """
-    _check_kinds(id, param, grad)
+    check_kinds(id, param, grad)
     _check_pair(id, param, grad)
     _check_rounding(id, param.dtype, rule)
     shape = tuple(param.shape)
@@ -154,8 +154,13 @@ def has_memory(tensor: Tensor) -> bool:
             return False
 
 
-def _check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
-    """What the two tensors are."""
+def check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
+    """Refuse a parameter or a gradient of a kind that is not stepped.
+
+    Raises:
+        RuntimeError: Sparse or complex.
+        TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
+    """
     if param.is_complex() or grad.is_complex():
         raise RuntimeError(
             f"Adafactor does not support complex parameters: {id} is {param.dtype}; "
