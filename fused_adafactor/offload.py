@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, overload
 
 import torch
@@ -25,91 +24,10 @@ from fused_adafactor.joining import joins
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rounding import Rounding, is_rounding_of
 from fused_adafactor.spec import DTYPES, TensorId, check_kinds, spec_of
-from fused_adafactor.transfers import Lane, host_memory, wait_for
+from fused_adafactor.transfers import Lane, Pair, host_memory, wait_for
 
 MASTER = "master"  # its key in the state of a parameter
 _BATCH_BYTES = 32 * 2**20  # of gradients that are stepped while others are copied
-
-
-@dataclass(kw_only=True, eq=False)
-class _Pair:
-    """A parameter and its master.
-
-    Attributes:
-        param: On its device.
-        master: Of the optimizer on the CPU.
-        mirror: Host memory, dtype of the parameter: what the parameter is to be, or is; None until
-            the optimizer on the CPU can say how it is laid out.
-        grad: Host memory for the gradient; None before there is one.
-        late: The same, for one that comes while ``grad`` has another.
-        has_grad: Whether there is a gradient in ``grad``.
-        has_late: Whether there is one in ``late``, to be added to it.
-        arrived: When what was last copied to either is there.
-        sent: When the mirror has been copied to the parameter.
-        seen: Address and version of the parameter when it and its master were last the same; None
-            where that is not known.
-        stepped: Version of the master at that time.
-    """
-
-    param: Tensor
-    master: Tensor
-    mirror: Tensor | None = None
-    grad: Tensor | None = None
-    late: Tensor | None = None
-    has_grad: bool = False
-    has_late: bool = False
-    arrived: torch.Event | None = None
-    sent: torch.Event | None = None
-    seen: tuple[int, int] | None = None
-    stepped: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stepped = self.master._version
-
-    def note(self) -> None:
-        """Parameter and master are the same now."""
-        self.seen = (self.param.data_ptr(), self.param._version)
-        self.stepped = self.master._version
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether somebody else has written the parameter, as far as autograd can tell."""
-        return self.seen != (self.param.data_ptr(), self.param._version)
-
-    def collect(self, lane: Lane, adds: bool) -> None:
-        """Copy the gradient to the host.
-
-        Args:
-            lane: The way there.
-            adds: To what there is already; otherwise it is replaced.
-        """
-        grad = self.param.grad
-        assert grad is not None
-        if adds and self.has_grad:
-            self.settle()
-            self.late = self._fitting(self.late, grad)
-            lane.copy(self.late, grad)
-            self.has_late = True
-        else:
-            self.grad = self._fitting(self.grad, grad)
-            lane.copy(self.grad, grad)
-            self.has_grad, self.has_late = True, False
-        self.arrived = lane.mark()
-
-    def settle(self) -> None:
-        """Wait for the gradient, and add up what there is of it."""
-        wait_for(self.arrived)
-        if self.has_late:
-            assert self.grad is not None
-            assert self.late is not None
-            self.grad.add_(self.late)
-        self.arrived, self.has_late = None, False
-
-    def _fitting(self, buffer: Tensor | None, grad: Tensor) -> Tensor:
-        """Host memory for a gradient: the same as long as that will do."""
-        if buffer is not None and (buffer.dtype, buffer.shape) == (grad.dtype, grad.shape):
-            return buffer
-        return host_memory(grad.shape, self.master.stride(), grad.dtype, grad.device)
 
 
 class CPUOffload(torch.optim.Optimizer):
@@ -161,7 +79,7 @@ class CPUOffload(torch.optim.Optimizer):
                 "master_dtype must be None, torch.float32, torch.float64, torch.bfloat16 or "
                 f"torch.float16, got {master_dtype!r}"
             )
-        self._pairs: dict[Tensor, _Pair] = {}
+        self._pairs: dict[Tensor, Pair] = {}
         # To the host, and back.
         self._lanes: dict[torch.device, tuple[Lane, Lane]] = {}
         self._checked: list[Tensor] | None = None
@@ -232,7 +150,7 @@ class CPUOffload(torch.optim.Optimizer):
 
     def _pair(self, param: Tensor, master: Tensor) -> None:
         master.grad_dtype = None  # it takes gradients as they come
-        self._pairs[param] = _Pair(param=param, master=master)
+        self._pairs[param] = Pair(param=param, master=master)
         if self.offload_gradients and param.requires_grad:
             self._move_gradients_of(param)
 
@@ -366,7 +284,7 @@ class CPUOffload(torch.optim.Optimizer):
         self._show_state()
         return loss
 
-    def _gather(self) -> list[_Pair]:
+    def _gather(self) -> list[Pair]:
         """Begin to copy the gradients that are still on their devices; the pairs that have one."""
         pairs = [pair for pair in self._pairs.values() if pair.param.grad is not None]
         for _, param, id in ids_of(self.param_groups):
@@ -383,7 +301,7 @@ class CPUOffload(torch.optim.Optimizer):
                 pair.param.grad = None
         return [pair for pair in self._pairs.values() if pair.has_grad]
 
-    def _check(self, pairs: Sequence[_Pair]) -> None:
+    def _check(self, pairs: Sequence[Pair]) -> None:
         """Check a step of all before any is stepped, unless the last one was of the same."""
         buffers = [pair.master.grad for pair in pairs if pair.master.grad is not None]
         if self._checked is None or list(map(id, buffers)) != list(map(id, self._checked)):
@@ -391,7 +309,7 @@ class CPUOffload(torch.optim.Optimizer):
             self._host._draft(rules, self._host._ids())
         self._checked = buffers
 
-    def _step_on_host(self, pairs: Sequence[_Pair]) -> None:
+    def _step_on_host(self, pairs: Sequence[Pair]) -> None:
         """Step the masters, batch by batch, and send their mirrors."""
         host = self._host
         rules = list(host._rules(range(len(host.param_groups))).values())
@@ -418,14 +336,14 @@ class CPUOffload(torch.optim.Optimizer):
                 vars(host).pop(name, None)
         self._return(self._pairs.values())
 
-    def _await(self, pairs: Iterable[_Pair]) -> None:
+    def _await(self, pairs: Iterable[Pair]) -> None:
         """Gradients have come, and mirrors may be written again."""
         for pair in pairs:
             pair.settle()
             wait_for(pair.sent)
             pair.sent = None
 
-    def _return(self, pairs: Iterable[_Pair]) -> None:
+    def _return(self, pairs: Iterable[Pair]) -> None:
         """Begin to copy to the device what was stepped."""
         for pair in pairs:
             if pair.master._version != pair.stepped:
@@ -458,7 +376,7 @@ class CPUOffload(torch.optim.Optimizer):
         self._send_groups()
         self._sync(self._pairs.values())
 
-    def _sync(self, pairs: Iterable[_Pair]) -> None:
+    def _sync(self, pairs: Iterable[Pair]) -> None:
         changed = {id(pair): pair for pair in pairs}
         if not changed:
             return
@@ -577,9 +495,9 @@ class CPUOffload(torch.optim.Optimizer):
         self._adopt_pairs()
 
 
-def _batches(pairs: Iterable[_Pair]) -> Iterator[list[_Pair]]:
+def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
     """Pairs in their order, as many together as there are bytes of gradients in a batch."""
-    batch: list[_Pair] = []
+    batch: list[Pair] = []
     size = 0
     for pair in pairs:
         batch.append(pair)
