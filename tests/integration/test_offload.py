@@ -443,11 +443,13 @@ def test_a_group_can_be_added() -> None:
 
 def test_a_group_that_is_refused_is_not_added() -> None:
     params = stepping.make_params(SHAPES, BF16)
-    ours = offloaded(params[:4])
+    ours = offloaded(params[:4], offload_gradients=True)
     with pytest.raises(ValueError, match="lr"):
         ours.add_param_group({"params": params[4:], "lr": -1.0})
     assert len(ours.param_groups) == 1
     take(ours, range(1))
+    give(params[4:], grads_of(params[4:], 0))
+    assert all(p.grad is not None for p in params[4:])  # which are none of the optimizer's
 
 
 def test_a_group_that_nobody_added_is_refused() -> None:
@@ -504,8 +506,16 @@ def test_a_step_that_is_refused_has_stepped_nothing(offload_gradients: bool) -> 
         ours.step()
     assert all(map(same_bits, masters_of(ours), masters))
     assert all(map(same_bits, params, before))
-    # Put right, it goes on as if nothing had been.
     ours.state[params[-1]]["exp_avg_sq_row"] = good
+    if not offload_gradients:  # what has no gradient any more is not stepped
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        ours.step()
+        assert all(map(same_bits, params, before))
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+    # Put right, it goes on as if nothing had been.
     other = offloaded(stepping.make_params(SHAPES, BF16))
     ours.step()
     take(other, range(2))
@@ -604,8 +614,9 @@ def test_late_copies_are_waited_for(
     """Gradients before they are used, weights before their mirrors are written again."""
     monkeypatch.setattr(offload, "Lane", LateLane)
     shapes = ((7,), (6, 5), (17, 23))
+    (idle,) = stepping.make_params(((3,),), BF16)
     params, slow_params = (stepping.make_params(shapes, BF16) for _ in range(2))
-    ours: Any = offloaded(params, offload_gradients=offload_gradients, **extras)
+    ours: Any = offloaded([*params, idle], offload_gradients=offload_gradients, **extras)
     slow = SlowWay(slow_params, HF, **extras)
     wanted: list[Tensor] = []
     for step in range(4):
