@@ -332,6 +332,23 @@ def test_a_state_dict_without_masters_takes_them_from_the_parameters() -> None:
     assert all(map(same_bits, params_of(ours), slow.params))
 
 
+def test_the_state_dict_of_the_peer_loads() -> None:
+    """It knows no extras, which stay as they are."""
+    params = stepping.make_params(((6, 5), (7,)))
+    peer = torch.optim.Adafactor(params, lr=0.125)
+    stepping.take_steps(peer, 2)
+    others = stepping.clone_params(params)
+    ours = CPUOffload(others, Adafactor, seed=3)
+    ours.load_state_dict(peer.state_dict())
+    assert ours.param_groups[0]["seed"] == 3
+    assert ours.param_groups[0]["lr"] == 0.125
+    plain = Adafactor(params)
+    plain.load_state_dict(peer.state_dict())
+    stepping.take_steps(plain, 2, start=2)
+    take(ours, range(2, 4))
+    assert all(map(same_bits, params, others))
+
+
 def test_masters_of_other_parameters_are_not_believed() -> None:
     """Who loads the optimizer and not the model goes on from the model that there is."""
     ours, other = (offloaded(stepping.make_params(SHAPES, BF16, seed)) for seed in range(2))

@@ -565,7 +565,7 @@ def test_what_was_rounded_to_nearest_is_recognised(dtype: torch.dtype) -> None:
     rounded = round_nearest(values, dtype)
     for rounding in Rounding:
         assert is_rounding_of(rounded, values, rounding).all()
-    wrong = torch.where(rounded == 0, 1.0, rounded * 2).to(dtype)
+    wrong = torch.where(rounded == 0, 1.0, rounded * 4).to(dtype)
     changed = wrong.isfinite() & (wrong != rounded)  # Inf is next to the largest number
     for rounding in Rounding:
         assert not is_rounding_of(wrong, values, rounding)[changed].any()
