@@ -19,7 +19,7 @@ from fused_adafactor.dialects.hf import Adafactor as HfAdafactor
 from fused_adafactor.offload import CPUOffload
 from fused_adafactor.rounding import RoundingKey, round_stochastic
 from tests import stepping
-from tests.dialects import DIALECTS, HF, VARIANTS, Dialect
+from tests.dialects import ADAFACTOR_PYTORCH, DIALECTS, HF, VARIANTS, Dialect
 from tests.stepping import params_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -330,6 +330,15 @@ def test_a_state_dict_without_masters_takes_them_from_the_parameters() -> None:
         ours.zero_grad()
         slow.step(grads)
     assert all(map(same_bits, params_of(ours), slow.params))
+
+
+def test_functions_do_not_enter_a_state_dict() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(params, ADAFACTOR_PYTORCH, lr=lambda step: 0.1 / step)
+    take(ours, range(1))
+    ours.load_state_dict(through_a_file(ours.state_dict()))
+    assert callable(ours.param_groups[0]["lr"])
+    take(ours, range(1, 2))
 
 
 def test_the_state_dict_of_the_peer_loads() -> None:
