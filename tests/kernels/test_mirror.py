@@ -132,6 +132,38 @@ def test_every_layout(rule: str, layout: str, backend: str) -> None:
             pair.check()
 
 
+def gaps_between_rows(values: Tensor) -> Tensor:
+    """As a slice of a wider parameter: its mirror has no gaps."""
+    wide = values.new_full((*values.shape[:-1], values.shape[-1] + 3), math.nan)
+    wide[..., :-3] = values
+    return wide[..., :-3]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("rule", ["hf", "hf-momentum", "adafactor_pytorch-amsgrad"])
+def test_a_mirror_is_dense_where_its_parameter_is_not(
+    rule: str, dtype: torch.dtype, backend: str
+) -> None:
+    dialect, options = RULES[rule]
+    shapes = [(4, 6, 3, 2), (2, 3, 40, 50), (20, 700), (300, 513), (3, 2, 300)]
+    params = params_in(shapes, dtype, gaps_between_rows)
+    pair = mirrored(dialect, params, backend, BF16, **options)
+    for step in range(2):
+        pair.step(draw(shapes, 2 * step, dtype))
+        pair.check()
+    assert all(mirror.is_contiguous() for mirror in pair.mirrors)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 31])
+@pytest.mark.parametrize("mirror_dtype", [F32, BF16, F16], ids=str)
+def test_every_length_of_a_run(mirror_dtype: torch.dtype, offset: int, backend: str) -> None:
+    """Whatever is left over before the first and after the last whole cache line."""
+    shapes = [(length,) for length in range(120, 320)]
+    pair = mirrored(HF, params_in(shapes, F32), backend, mirror_dtype, offset=offset)
+    pair.step(draw(shapes, 0, F32))
+    pair.check()
+
+
 @pytest.mark.parametrize("layout", ["both_transposed", "both_channels_last", "both_strided"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
