@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.rounding import Rounding
-from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite
+from fused_adafactor.rule import GradClip, GradClipKind, Nonfinite, WeightAverage
 
 
-class TorchExtras(TypedDict, total=False):
-    """Keyword-only arguments that every dialect takes beyond its peer's.
+class _Shared(TypedDict, total=False):
+    """Keyword-only arguments that no peer has.
 
     Attributes:
         backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend is used or refused
@@ -50,14 +50,59 @@ class TorchExtras(TypedDict, total=False):
     differentiable: bool
 
 
-class Extras(TorchExtras, total=False):
-    """The extras of a dialect whose peer has no ``foreach`` of its own.
+class _Foreach(TypedDict, total=False):
+    """torch.optim's own.
 
     Attributes:
         foreach: Accepted, changes nothing: tensors are always stepped together.
     """
 
     foreach: bool | None
+
+
+class _Keras(TypedDict, total=False):
+    """Arguments of Keras' base optimizer, with its defaults.
+
+    At most one of the three kinds of clipping and max_grad_norm can be given.
+
+    Attributes:
+        clipnorm: Clip each gradient to this norm of its own; 0 does not clip, as in Keras.
+        clipvalue: Clip each element of the gradients to [-clipvalue, clipvalue].
+        global_clipnorm: Clip the gradients of all groups by their common norm.
+        use_ema: Keep a moving average of the parameters, moved by every call of ``step()``, for
+            parameters without gradient too. ``finalize_variable_values`` writes it to them.
+        ema_momentum: Of that average, in [0, 1].
+        ema_overwrite_frequency: The average is written to the parameters every so many updates;
+            None for never.
+        loss_scale_factor: What the loss was multiplied by, above 0: gradients are divided by it.
+        gradient_accumulation_steps: Update at every k-th call of ``step()``, with the average of
+            the gradients since the last one; at least 2, or None. Between two updates only the
+            sum of the gradients and the count of steps change, and the count is that of calls;
+            schedules see that of updates. Where each parameter has a count of its own, a call
+            without a gradient of it is none of its k; with a global count (Keras, optax) it is, and
+            a parameter without gradient in the k-th call loses what it gathered.
+    """
+
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    use_ema: bool
+    ema_momentum: float
+    ema_overwrite_frequency: int | None
+    loss_scale_factor: float | None
+    gradient_accumulation_steps: int | None
+
+
+class TorchExtras(_Shared, _Keras, total=False):
+    """The extras of torch's dialect, where ``foreach`` is an argument of its own."""
+
+
+class KerasExtras(_Shared, _Foreach, total=False):
+    """The extras of Keras' dialect, where those of Keras are arguments of its own."""
+
+
+class Extras(_Shared, _Keras, _Foreach, total=False):
+    """The extras of all other dialects."""
 
 
 EXTRA_DEFAULTS: dict[str, Any] = {
@@ -70,21 +115,49 @@ EXTRA_DEFAULTS: dict[str, Any] = {
     "fused": None,
     "foreach": None,
     "differentiable": False,
+    "clipnorm": None,
+    "clipvalue": None,
+    "global_clipnorm": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
+# Keys of a group that clip by a norm, or by value; one at most. Keras clips by what is above 0.
+_CLIPS = {
+    "clipnorm": GradClipKind.NORM,
+    "clipvalue": GradClipKind.VALUE,
+    "global_clipnorm": GradClipKind.GLOBAL_NORM,
 }
 _STATE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
 
 
 def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a rule that comes from the extras of a param group, as arguments of ``Rule``."""
-    norm = group["max_grad_norm"]
+    average = None
+    if group["use_ema"]:
+        average = WeightAverage(group["ema_momentum"], group["ema_overwrite_frequency"] or None)
     return {
         "rounding": Rounding.parse(group["rounding"]),
         "state_dtype": group["state_dtype"],
         "nonfinite": Nonfinite(group["nonfinite"]),
-        "grad_clip": None
-        if norm is None
-        else GradClip(GradClipKind.GLOBAL_NORM, float(norm), 1e-6),
+        "grad_divisor": group["loss_scale_factor"] or 1.0,
+        "grad_clip": _grad_clip(group),
+        "accumulation_steps": group["gradient_accumulation_steps"] or 1,
+        "weight_average": average,
     }
+
+
+def _grad_clip(group: Mapping[str, Any]) -> GradClip | None:
+    """As torch clips, or as Keras: there a norm of all that is not finite makes all of them NaN."""
+    if group["max_grad_norm"] is not None:
+        return GradClip(GradClipKind.GLOBAL_NORM, float(group["max_grad_norm"]), 1e-6)
+    for key, kind in _CLIPS.items():
+        if group[key] is not None and group[key] > 0:
+            is_global = kind is GradClipKind.GLOBAL_NORM
+            return GradClip(kind, float(group[key]), nan_if_not_finite=is_global)
+    return None
 
 
 def check_extras(group: Mapping[str, Any]) -> None:
@@ -119,6 +192,52 @@ def check_extras(group: Mapping[str, Any]) -> None:
     require_numbers(max_grad_norm=group["max_grad_norm"])
     if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
         raise ValueError(f"max_grad_norm must be positive or None, got {group['max_grad_norm']}")
+    _check_clips(group)
+    _check_counts(group)
+
+
+def _check_clips(group: Mapping[str, Any]) -> None:
+    """Keras' check, with its text, and that of what excludes all three."""
+    clips = {key: group[key] for key in _CLIPS}
+    require_numbers(**clips)
+    received = ", ".join(f"{key}={value}" for key, value in clips.items())
+    if sum(value is not None for value in clips.values()) > 1:
+        raise ValueError(
+            "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. Received: "
+            + received
+        )
+    norm = group["max_grad_norm"]
+    if norm is not None and any(value is not None for value in clips.values()):
+        raise ValueError(
+            "max_grad_norm excludes clipnorm, clipvalue and global_clipnorm. Received: "
+            f"{received}, max_grad_norm={norm}"
+        )
+
+
+def _check_counts(group: Mapping[str, Any]) -> None:
+    """Keras' checks of gradient accumulation and of the average of the weights."""
+    scale, steps = group["loss_scale_factor"], group["gradient_accumulation_steps"]
+    momentum, every = group["ema_momentum"], group["ema_overwrite_frequency"]
+    require_numbers(loss_scale_factor=scale, ema_momentum=momentum)
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"loss_scale_factor should be > 0 or None but is: {scale}")
+    if steps and not (isinstance(steps, int) and steps >= 2):
+        raise ValueError(
+            "`gradient_accumulation_steps` must be an integer >= 2. Received: "
+            f"gradient_accumulation_steps={steps}"
+        )
+    if not group["use_ema"]:
+        return
+    require_given(ema_momentum=momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"`ema_momentum` must be in the range [0, 1]. Received: ema_momentum={momentum}"
+        )
+    if every and (not isinstance(every, int) or every < 1):
+        raise ValueError(
+            "`ema_overwrite_frequency` must be an integer >= 1 or None. Received: "
+            f"ema_overwrite_frequency={every}"
+        )
 
 
 def require_numbers(**arguments: Any) -> None:

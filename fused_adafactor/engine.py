@@ -9,7 +9,7 @@ gradients, what is skipped) is set or made by ``Engine.run`` and gone with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from fused_adafactor import backends
 from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.counting import Clock
 from fused_adafactor.joining import Counters, Members, initial_skip, join, joins, shared_skips
+from fused_adafactor.metrics import Metrics, metrics_of
 from fused_adafactor.plan import (
     Activity,
     Facts,
@@ -32,7 +33,7 @@ from fused_adafactor.plan import (
 )
 from fused_adafactor.rule import Rule, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.spec import TensorSpec, has_memory
+from fused_adafactor.spec import TensorId, TensorSpec, has_memory
 from fused_adafactor.state import StateLayout, canonical
 
 _PLANS_KEPT = 64
@@ -70,6 +71,8 @@ class _Batch:
         members: Where each belongs.
         grads: Places of theirs among all gradients; None for all of them, in order.
         param_rms: Where RMS(p) is kept, if the dialect does.
+        ids: Its tensors.
+        updated: When they were last updated, counted in calls of ``Engine.run``; 0 for never.
     """
 
     executor: backends.Executor | None
@@ -78,6 +81,8 @@ class _Batch:
     members: Members
     grads: list[int] | None
     param_rms: list[Tensor] | None
+    ids: list[TensorId]
+    updated: int = 0
 
     def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
         """What this step starts with."""
@@ -118,7 +123,7 @@ class Prepared:
         tasks: Its tensors.
         cohorts: Theirs; their numbers are set before each step.
         clocks: What the step of each cohort is read from.
-        is_part: Whether other tensors are stepped in the same call, so that a counter that they
+        is_partial: Whether other tensors are stepped in the same call, so that a counter that they
             share is not advanced here.
         counters: Number of the counter of each task, by ``id``.
         courses: By the activities of the cohorts.
@@ -127,7 +132,7 @@ class Prepared:
     tasks: Sequence[Task]
     cohorts: Sequence[Cohort]
     clocks: Sequence[Clock]
-    is_part: bool
+    is_partial: bool
     counters: dict[int, int] = field(init=False)
     courses: dict[tuple[Activity, ...], _Course] = field(default_factory=dict)
 
@@ -149,6 +154,8 @@ class Engine:
         """Start with empty caches."""
         self.request = request
         self.layout = layout
+        self.grad_sq: Tensor | None = None  # Σ g² of the last joined update, 0-d
+        self._calls = 0
         self._facts: dict[torch.device, Facts] = {}
         self._plans: dict[tuple[tuple[TensorSpec, ...], Facts, bool], Plan] = {}
 
@@ -219,7 +226,8 @@ class Engine:
             cohort.grad_scale = _grad_scale(cohort, grad_scale)
         course = self._course(prepared)
         parts = [(batch, batch.exchange(grads, found_inf)) for batch in course.batches]
-        _update([part for part in parts if part[0].activity is Activity.UPDATE])
+        self._calls += 1
+        self._update([part for part in parts if part[0].activity is Activity.UPDATE])
         _mark_accumulated([part for part in parts if part[0].activity is Activity.ACCUMULATE])
         skipped = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
         for batch, exchange in parts:
@@ -233,6 +241,21 @@ class Engine:
         # Last, so that a backend that raises has counted nothing.
         course.counters.advance(skipped)
 
+    def _update(self, parts: list[tuple[_Batch, Exchange]]) -> None:
+        """Run the phases, and what must be known between them."""
+        parts = [part for part in parts if part[0].executor is not None]
+        if not parts:
+            return
+        for number in range(len(parts[0][0].segments)):
+            if number:
+                self.grad_sq = join([(batch.members, exchange) for batch, exchange in parts])
+            for batch, exchange in parts:
+                assert batch.executor is not None
+                batch.executor.run(batch.segments[number], exchange)
+        for batch, exchange in parts:
+            batch.keep_param_rms(exchange)
+            batch.updated = self._calls
+
     def _course(self, prepared: Prepared) -> _Course:
         """The course of a step, made when its activities first come up."""
         activities = tuple(cohort.activity for cohort in prepared.cohorts)
@@ -240,6 +263,21 @@ class Engine:
         if course is None:
             course = prepared.courses[activities] = self._make_course(prepared)
         return course
+
+    def metrics(self, prepared: Iterable[Prepared]) -> dict[TensorId, Metrics]:
+        """What each tensor of these steps was found to be in its last update.
+
+        Waits for the devices.
+        """
+        batches = [
+            b for each in prepared for course in each.courses.values() for b in course.batches
+        ]
+        found: dict[TensorId, Metrics] = {}
+        for batch in sorted(batches, key=lambda batch: batch.updated):
+            if batch.updated and batch.executor is not None:
+                rules = [cohort.rule for cohort in batch.members.cohorts]
+                found |= zip(batch.ids, metrics_of(rules, batch.executor.outcome()), strict=True)
+        return found
 
     def _make_course(self, prepared: Prepared) -> _Course:
         tasks = prepared.tasks
@@ -293,6 +331,7 @@ class Engine:
             ),
             grads=None if mine == list(range(len(grads))) else mine,
             param_rms=kept if measured and len(kept) == len(tasks) else None,
+            ids=[task.spec.id for task in tasks],
         )
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:
@@ -331,21 +370,6 @@ def _grad_scale(cohort: Cohort, grad_scale: Tensor | None) -> Number:
     return scale if grad_scale is None else scale / grad_scale.to(cohort.device, non_blocking=True)
 
 
-def _update(parts: list[tuple[_Batch, Exchange]]) -> None:
-    """Run the phases, and what must be known between them."""
-    parts = [part for part in parts if part[0].executor is not None]
-    if not parts:
-        return
-    for number in range(len(parts[0][0].segments)):
-        if number:
-            join([(batch.members, exchange) for batch, exchange in parts])
-        for batch, exchange in parts:
-            assert batch.executor is not None
-            batch.executor.run(batch.segments[number], exchange)
-    for batch, exchange in parts:
-        batch.keep_param_rms(exchange)
-
-
 def _mark_accumulated(parts: list[tuple[_Batch, Exchange]]) -> None:
     """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
     parts = [part for part in parts if part[0].executor is not None]
@@ -363,7 +387,7 @@ def _counters(prepared: Prepared) -> Counters:
         id(task.counter): task.counter
         for task in prepared.tasks
         if (
-            not prepared.is_part
+            not prepared.is_partial
             if task.cohort.rule.step_count is StepCount.GLOBAL
             else task.cohort.activity in (Activity.UPDATE, Activity.ACCUMULATE)
         )

@@ -58,16 +58,20 @@ def initial_skip(members: Members, found_inf: Tensor | None) -> Tensor | None:
     return None
 
 
-def join(parts: Sequence[tuple[Members, Exchange]]) -> None:
+def join(parts: Sequence[tuple[Members, Exchange]]) -> Tensor:
     """Between the sums and the factors: norms to clip by, and marks on what is to be skipped.
 
     The global norm is over every gradient of this call; each tensor is clipped by the threshold of
     its own rule. Tensors that share a step counter are skipped together, because the counter
     cannot advance for some of them; a tensor that is clipped by a norm that is not finite is
     skipped with it.
+
+    Args:
+        parts: Tensors with Σ g² of each, at least one.
+
+    Returns:
+        Σ g² of all, 0-d, on the device of the first.
     """
-    if not parts:
-        return
     total_sq = _sum_on_first_device([e.grad_sq for _, e in parts if e.grad_sq is not None])
     for members, exchange in parts:
         assert exchange.grad_sq is not None
@@ -80,6 +84,7 @@ def join(parts: Sequence[tuple[Members, Exchange]]) -> None:
             finite = torch.cat([_finite(*norm, total) for norm in norms])
             assert exchange.skip is not None
             exchange.skip = exchange.skip | ~finite
+    return total_sq
 
 
 def shared_skips(parts: Sequence[tuple[Members, Exchange]], counters: int) -> Tensor | None:

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from fused_adafactor.checkpoint import ids_of, without_functions
 from fused_adafactor.joining import joins
+from fused_adafactor.metrics import Metrics
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rounding import Rounding, is_rounding_of
 from fused_adafactor.spec import DTYPES, TensorId, check_kinds, spec_of
@@ -401,6 +402,10 @@ class CPUOffload(torch.optim.Optimizer):
         """The plan of the step on the CPU as a table; see the dialect's ``explain``."""
         self._send_groups()
         return self._host.explain()
+
+    def metrics(self) -> dict[str, Metrics]:
+        """What the last update of each master has found out; see the dialect's ``metrics``."""
+        return self._host.metrics()
 
     # --- copies and state dicts -------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -15,21 +15,24 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from fused_adafactor import backends
-from fused_adafactor.arguments import EXTRA_DEFAULTS, TorchExtras, check_extras
+from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
+from fused_adafactor.compiling import uncompiled
 from fused_adafactor.counting import counter
 from fused_adafactor.engine import Engine
-from fused_adafactor.preparing import PreparingOptimizer
+from fused_adafactor.in_backward import BackwardStep
+from fused_adafactor.metrics import Metrics
+from fused_adafactor.partial import PartialOptimizer
 from fused_adafactor.rule import StepCount
 from fused_adafactor.spec import spec_of
 
 
-class AdafactorBase(PreparingOptimizer):
+class AdafactorBase(PartialOptimizer):
     """What all dialects share. Not constructed directly.
 
     Args:
         params: Parameters, named parameters, or param groups, as for any torch optimizer.
         defaults: The dialect's own hyperparameters.
-        extras: The arguments of ``Extras``.
+        extras: The arguments of ``arguments.Extras``.
 
     Raises:
         TypeError: An unknown extra, or a hyperparameter given as text.
@@ -39,8 +42,12 @@ class AdafactorBase(PreparingOptimizer):
     lr_advice: ClassVar[str] = "Give lr as a number"
     # Keys that a param group may be given, by the key that it is kept under.
     aliases: ClassVar[Mapping[str, str]] = {}
+    # What steps in the backward pass, while something does; never copied, pickled or saved.
+    _in_backward: BackwardStep | None = None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], extras: TorchExtras) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], extras: Mapping[str, object]
+    ) -> None:
         """Check the extras and build the param groups."""
         given = dict(extras)
         self.backend = cast(str, given.pop("backend", "auto"))
@@ -75,13 +82,25 @@ class AdafactorBase(PreparingOptimizer):
                 param_group["step"] = (
                     counter(0.0, torch.device("cpu")) if shared is None else shared
                 )
+            if self._in_backward is not None:
+                self._in_backward.check_groups([merged], first=len(self.param_groups))
         super().add_param_group(param_group)
+        if self._in_backward is not None:
+            self._in_backward.watch()
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step":
             self._check_schedulable()
         super().__setattr__(name, value)
+
+    @override
+    def _patch_step_function(self) -> None:
+        """Wrap ``step`` as every optimizer does, and hide what steps from torch.compile."""
+        super()._patch_step_function()
+        cls = type(self)
+        for name in ("step", "step_param", "zero_grad"):
+            setattr(cls, name, uncompiled(getattr(cls, name)))
 
     def _check_schedulable(self) -> None:
         """Refuse a torch lr scheduler where there is no number that it could scale.
@@ -123,15 +142,31 @@ class AdafactorBase(PreparingOptimizer):
                 every case no parameter, state or step counter has been changed.
         """
         self._accelerator_graph_capture_health_check()
+        if self._in_backward is not None or self._stepped:
+            self._refuse_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.flush()
         if self._stepped:
             self._finish_call()
         else:
             self._step_all()
+        if self._in_backward is not None:
+            self._in_backward.watch()
         return loss
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``.
+
+        Gradients that were freed in the backward pass stay None, whatever ``set_to_none`` says.
+        """
+        if self._in_backward is not None:
+            self._in_backward.drop_waiting()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
@@ -159,6 +194,7 @@ class AdafactorBase(PreparingOptimizer):
                 group; ``max_grad_norm`` or ``global_clipnorm`` is given; ``nonfinite="skip"`` where
                 one counter serves all parameters; or as ``step``. Nothing has been changed.
         """
+        self._refuse_scaler()
         (id,) = self._find([p])
         if group is not None and group is not self.param_groups[id.group]:
             ours = any(group is mine for mine in self.param_groups)
@@ -183,10 +219,98 @@ class AdafactorBase(PreparingOptimizer):
         """
         self.step_param(p, group)
 
+    def enable_backward_step(self, model: torch.nn.Module | None = None) -> BackwardStep:
+        """Step every parameter in the backward pass, as its gradient arrives, and free it there.
+
+        The gradients of a model are then never in memory together, and the numbers are those of
+        ``step()``, bit by bit. Small gradients are gathered to a megabyte before they are stepped,
+        and at the end of the pass. The training loop stays as it is: ``step()`` still belongs after
+        every ``backward()`` and does what is left (gradients that were assigned by hand, averages,
+        counts, hooks, closures), and so does ``zero_grad()``::
+
+            with optimizer.enable_backward_step(model):
+                for batch in batches:
+                    loss(model(batch)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        The lr is that of the time of ``backward()``. A step pre-hook finds no gradients. A
+        parameter that gets its gradient from several re-entrant checkpoints is refused as one with
+        a second gradient. Copies, pickles and state dicts of the optimizer know nothing of this.
+        What accumulates several gradients in ``.grad`` cannot be done: use
+        ``gradient_accumulation_steps``. ``torch.nn.utils.clip_grad_norm_`` and torch's GradScaler
+        find no gradients.
+
+        Args:
+            model: What is trained, to find out whether something in it keeps gradients from being
+                stepped as they arrive; None where nothing does.
+
+        Returns:
+            A handle: ``remove()``, or the end of a ``with`` block, ends it.
+
+        Raises:
+            RuntimeError: It is enabled already, or the model or a module in it is wrapped in
+                DistributedDataParallel, which sums gradients after they have arrived.
+            ValueError: The model has none of this optimizer's parameters, a parameter is a flat one
+                of FSDP1, or a param group has ``fused=True`` (torch's GradScaler), a common norm to
+                clip by, or ``nonfinite="skip"`` where one counter serves all parameters.
+        """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "parameters are stepped in the backward pass already; call remove() of the handle "
+                "that enable_backward_step returned first"
+            )
+
+        def leave() -> None:
+            self._in_backward = None
+
+        self._in_backward = BackwardStep(self, model, leave)
+        return self._in_backward
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Read by torch's GradScaler. Derived from the groups, so it survives deepcopy and pickle.
         return any(group.get("fused") for group in self.param_groups)
+
+    @torch.no_grad()
+    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
+        """Write the averages of use_ema to the parameters, as Keras' ``fit`` does at its end.
+
+        Args:
+            var_list: These parameters only; None for all.
+
+        Raises:
+            ValueError: A parameter that is not this optimizer's.
+        """
+        layout = self.layout
+        params = self._all_params() if var_list is None else list(var_list)
+        for param, id in zip(params, self._find(params), strict=True):
+            state = self.state.get(param, {})
+            if self.param_groups[id.group]["use_ema"] and layout.average in state:
+                param.copy_(state[layout.average])
+                if layout.compensation in state:  # it belongs to the value that was overwritten
+                    state[layout.compensation].zero_()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients together at the last update, before clipping; 0-d, on a device.
+
+        None before an update under ``max_grad_norm``, ``clipnorm``, ``global_clipnorm`` or
+        ``nonfinite="skip"``, which are what it is computed for. Of gradients of several devices it
+        is on that of the first. After the replay of a CUDA graph it is that of the replay.
+        """
+        return None if self._engine.grad_sq is None else self._engine.grad_sq.sqrt()
+
+    def metrics(self) -> dict[str, Metrics]:
+        """What the last update of each parameter has found out of it; see ``Metrics``.
+
+        By the parameter's name, or "#" and its position among all parameters. The numbers fall out
+        of the step and are only read here, which waits for the device. A parameter is absent that
+        has no elements, has not been updated yet, or whose update has been prepared anew since.
+        """
+        known = [self._known, *(self._partial_steps or {}).values()]
+        found = self._engine.metrics(each.prepared for each in known if each is not None)
+        return {id.label: found[id] for _, _, id in self._ids() if id in found}
 
     def explain(self) -> str:
         """The plan of a step as a table: per tensor the backend, launch, sweeps, bytes, and why.

@@ -149,7 +149,7 @@ def describe(plan: Plan) -> str:
         spec = planned.spec
         rows.append(
             (
-                spec.id.name or f"#{spec.id.index}",
+                spec.id.label,
                 "x".join(map(str, spec.shape)) or "scalar",
                 str(spec.param_dtype).removeprefix("torch."),
                 plan.facts.backend,

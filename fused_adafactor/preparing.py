@@ -6,15 +6,12 @@ then prepared; what was prepared is taken again for as long as nothing that it f
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
-from torch.optim.optimizer import StateDict
-from typing_extensions import override
 
 from fused_adafactor.binding import Cohort
 from fused_adafactor.checkpoint import CheckpointedOptimizer, check_group
@@ -22,21 +19,16 @@ from fused_adafactor.counting import Clock, counter_device, next_call, number_of
 from fused_adafactor.engine import Prepared, Task
 from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
 from fused_adafactor.plan import Activity
-from fused_adafactor.rule import Nonfinite, Rule, Scalars, StepCount
+from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
 from fused_adafactor.spec import TensorId, TensorSpec, spec_of
 from fused_adafactor.state import check_state, init_state
-
-# Steps of some parameters that are kept, where there are not more parameters than that.
-_PARTS_KEPT = 64
-# What clips by a norm of all gradients, which a step of some parameters cannot know.
-_COMMON_NORMS = ("max_grad_norm", "global_clipnorm")
 
 Placed = tuple[dict[str, Any], Tensor, TensorId]  # a parameter, with its group and identity
 Ready = tuple[Prepared, list[Tensor]]  # a step, and the gradients that there are
 
 
-class _Draft(NamedTuple):
+class Draft(NamedTuple):
     """A tensor that a step concerns, checked; nothing of it has been changed."""
 
     group: dict[str, Any]
@@ -46,7 +38,7 @@ class _Draft(NamedTuple):
     param: Tensor
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """A prepared step, and by what to tell whether it can be taken again.
 
     Attributes:
@@ -68,37 +60,14 @@ class _Known(NamedTuple):
     own_rules: list[Rule] | None
 
 
-class _Taken(NamedTuple):
-    """A gradient that a parameter was stepped with; it is not kept alive."""
-
-    grad: weakref.ref[Tensor]
-    version: int | None
-
-    @classmethod
-    def of(cls, grad: Tensor) -> _Taken:
-        """Remember a gradient."""
-        return cls(weakref.ref(grad), None if grad.is_inference() else grad._version)
-
-    def is_all_of(self, grad: Tensor | None) -> bool:
-        """Whether there is no gradient but this one: no other, and nothing was added to it."""
-        return grad is None or (self.grad() is grad and self == _Taken.of(grad))
-
-
 class PreparingOptimizer(CheckpointedOptimizer):
-    """Prepares steps, of all parameters or of some, and takes them."""
+    """Prepares steps, and takes them."""
 
-    # Nothing of this is ever copied, pickled or saved.
-    # The last step of all parameters, kept for the next one; and the last ones of some of them, by
-    # their ids, in the order in which they were taken.
-    _known: _Known | None = None
-    _parts: dict[tuple[int, ...], _Known] | None = None
+    # The last step of all parameters, kept for the next one; never copied, pickled or saved.
+    _known: Known | None = None
     # What every new value of a parameter is written to besides, see ``Binding.mirror``; by
     # parameter. Set by whoever owns the optimizer, as CPUOffload does.
     _mirrors: Mapping[Tensor, Tensor] = MappingProxyType({})
-    # Where each parameter was when it was last looked for.
-    _places: dict[Tensor, TensorId] | None = None
-    # Parameters that were stepped by themselves since the last call of step().
-    _stepped: dict[Tensor, _Taken] | None = None
 
     def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
         """The group's lr of this step; None where it is a function, which the rule then holds."""
@@ -118,124 +87,14 @@ class PreparingOptimizer(CheckpointedOptimizer):
                 drafts = []
             if self._is_phantom_step(drafts):
                 return
-            self._look_around()
             ready, known = self._commit(drafts, rules, None)
         self._known = known
         self._run(ready)
-
-    def _step_some(self, params: Sequence[Tensor]) -> None:
-        """Step some parameters, each to the bit as a step of all would.
-
-        A counter that all parameters share is read, and stays where it is until ``_finish_call``.
-        Without a gradient only the average of a parameter moves, and gradients that were
-        accumulated are dropped if this call updates. The same parameters are stepped as they were
-        prepared the last time.
-
-        Args:
-            params: Parameters of this optimizer, each once.
-
-        Raises:
-            RuntimeError: torch's GradScaler is at work; or as ``step``.
-            TypeError: As ``step``.
-            ValueError: A parameter is not of this optimizer, gradients are clipped by a common
-                norm, or are skipped together; or as ``step``.
-        """
-        ids = self._find(params)
-        rules = self._rules(dict.fromkeys(id.group for id in ids))
-        self._refuse_what_joins(rules)
-        part = [
-            (self.param_groups[id.group], param, id)
-            for param, id in zip(params, ids, strict=True)
-            if param.grad is not None or _moves_without_grad(rules[id.group])
-        ]
-        if not part:
-            return
-        if self._parts is None:
-            self._parts = {}
-        key = tuple(id(param) for _, param, _ in part)
-        known = self._parts.pop(key, None)
-        ready = self._recall(known, rules, part)
-        if ready is None:
-            known = None
-            ready, known = self._commit(self._draft(rules, part), rules, part)
-        if known is not None:
-            self._parts[key] = known
-            if len(self._parts) > max(_PARTS_KEPT, len(self._places or ())):
-                del self._parts[next(iter(self._parts))]
-        self._run(ready)
-        if self._stepped is None:
-            self._stepped = {}
-        for _, param, _ in part:
-            if param.grad is not None:
-                self._stepped[param] = _Taken.of(param.grad)
-
-    def _finish_call(self) -> None:
-        """Step what was not stepped by itself since the last call of step(), and count the call.
-
-        Parameters that have another gradient by now are stepped again.
-        """
-        self._refuse_scaler()
-        stepped = self._stepped or {}
-        params = self._all_params()
-        self._step_some([p for p in params if p not in stepped or not stepped[p].is_all_of(p.grad)])
-        self._count_call()
-
-    def _count_call(self) -> None:
-        """Count a call whose parameters were stepped by themselves."""
-        if "step" in self.param_groups[0]:
-            self.param_groups[0]["step"].add_(1)
-        self._stepped = None
 
     def _run(self, ready: Ready) -> None:
         self._engine.run(
             *ready, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         )
-
-    # --- what there is ----------------------------------------------------------------------------
-
-    def _all_params(self) -> list[Tensor]:
-        """Every parameter once."""
-        return list(dict.fromkeys(chain.from_iterable(g["params"] for g in self.param_groups)))
-
-    def _find(self, params: Sequence[Tensor]) -> list[TensorId]:
-        """Where parameters are.
-
-        Raises:
-            ValueError: One is not of this optimizer.
-        """
-        if self._places is None or not self._are_at(params, list(map(self._places.get, params))):
-            self._look_around()
-        assert self._places is not None
-        for param in params:
-            if param not in self._places:
-                raise ValueError(
-                    f"a tensor of shape {tuple(param.shape)} and dtype {param.dtype} is not a "
-                    "parameter of this optimizer. Step its parameters, or add it by add_param_group"
-                )
-        return [self._places[param] for param in params]
-
-    def _are_at(self, params: Sequence[Tensor], ids: Sequence[TensorId | None]) -> bool:
-        """Whether parameters are where they were, under the names that they had."""
-        groups = [(group["params"], group.get("param_names")) for group in self.param_groups]
-        starts = list(accumulate((len(members) for members, _ in groups), initial=0))
-        for param, id in zip(params, ids, strict=True):
-            if id is None or id.group >= len(groups):
-                return False
-            members, names = groups[id.group]
-            place = id.index - starts[id.group]
-            if not 0 <= place < len(members) or members[place] is not param:
-                return False
-            if id.name != (names[place] if names and place < len(names) else None):
-                return False
-        return True
-
-    def _look_around(self) -> None:
-        """Note where every parameter is, and let go of what is not there any more."""
-        self._places = {param: id for _, param, id in self._ids()}
-        for key, part in list((self._parts or {}).items()):
-            assert self._parts is not None
-            if any(param not in self._places for param in part.params):
-                del self._parts[key]
 
     def _rules(self, numbers: Iterable[int]) -> dict[int, Rule]:
         """The rules of groups, by their numbers; a group that was replaced is completed."""
@@ -267,40 +126,10 @@ class PreparingOptimizer(CheckpointedOptimizer):
                 + " and ".join(f"({nonfinite.value!r}, {steps})" for nonfinite, steps in counted)
             )
 
-    def _refuse_what_joins(self, rules: Mapping[int, Rule]) -> None:
-        """Refuse a step of some parameters where it would have to know of all."""
-        self._refuse_scaler()
-        self._refuse_common_norms()
-        for number, rule in rules.items():
-            if rule.nonfinite is Nonfinite.SKIP and rule.step_count is StepCount.GLOBAL:
-                raise ValueError(
-                    f"nonfinite='skip' (param group {number}) cannot be done while parameters are "
-                    "stepped one by one: all parameters of this optimizer follow one step counter, "
-                    "so they are skipped together. Use nonfinite='propagate', or call step() alone"
-                )
-
-    def _refuse_common_norms(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            for argument in _COMMON_NORMS:
-                if (group.get(argument) or 0) > 0:
-                    raise ValueError(
-                        f"{argument}={group[argument]} (param group {number}) cannot be done while "
-                        "parameters are stepped one by one: it is a norm of all gradients, which "
-                        f"are never there together. Use {argument}=None, or call step() alone"
-                    )
-
-    def _refuse_scaler(self) -> None:
-        if getattr(self, "grad_scale", None) is not None or hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "torch's GradScaler cannot be used while parameters are stepped one by one: it "
-                "must see all gradients before any is used. Train in bfloat16 without it, or call "
-                "step() alone"
-            )
-
     # --- preparing --------------------------------------------------------------------------------
 
     def _recall(
-        self, known: _Known | None, rules: Mapping[int, Rule], part: Sequence[Placed] | None
+        self, known: Known | None, rules: Mapping[int, Rule], some: Sequence[Placed] | None
     ) -> Ready | None:
         """A step as it was prepared before, with the numbers of this one, and the gradients.
 
@@ -310,11 +139,11 @@ class PreparingOptimizer(CheckpointedOptimizer):
         Args:
             known: The step, or None.
             rules: Of the groups concerned.
-            part: What it is a step of; None for everything.
+            some: What it is a step of; None for everything.
         """
         if known is None:
             return None
-        found = self._fingerprint(rules, part)
+        found = self._fingerprint(rules, some)
         if found is None or not known.fingerprint.matches(found[0]):
             return None
         own_rules = self._own_rules(known.group_rules, known.ids, known.params)
@@ -327,17 +156,17 @@ class PreparingOptimizer(CheckpointedOptimizer):
         return known.prepared, found[1]
 
     def _fingerprint(
-        self, rules: Mapping[int, Rule], part: Sequence[Placed] | None
+        self, rules: Mapping[int, Rule], some: Sequence[Placed] | None
     ) -> tuple[Fingerprint, list[Tensor]] | None:
         """What a step depends on, and the gradients; see ``fingerprint_of``."""
-        if part is None:
+        if some is None:
             groups: Sequence[Mapping[str, Any]] = self.param_groups
             params = list(chain.from_iterable(group["params"] for group in groups))
             places: list[Any] = [(len(g["params"]), list(g.get("param_names", ()))) for g in groups]
             mirrors = list(self._mirrors.values())
             return fingerprint_of(params, places, groups, list(rules.values()), self.state, mirrors)
         groups = [self.param_groups[number] for number in rules]
-        _, params, places = map(list, zip(*part, strict=True))
+        _, params, places = map(list, zip(*some, strict=True))
         state = {param: self.state[param] for param in params if param in self.state}
         mirrors = [self._mirrors[param] for param in params if param in self._mirrors]
         return fingerprint_of(params, places, groups, list(rules.values()), state, mirrors)
@@ -350,23 +179,23 @@ class PreparingOptimizer(CheckpointedOptimizer):
             return None
         return list(map(self._param_rule, group_rules, ids, params))
 
-    def _draft(self, rules: Mapping[int, Rule], placed: Iterable[Placed]) -> list[_Draft]:
+    def _draft(self, rules: Mapping[int, Rule], placed: Iterable[Placed]) -> list[Draft]:
         """Check everything that a step of these parameters concerns, changing nothing."""
         drafts = []
         for group, param, id in placed:
             rule = self._param_rule(rules[id.group], id, param)
-            if param.grad is None and (not _moves_without_grad(rule) or param not in self.state):
+            if param.grad is None and (not rule.moves_without_grad or param not in self.state):
                 continue
             grad = param if param.grad is None else param.grad
             spec = spec_of(id, param, grad, rule, self._mirrors.get(param))
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             self._engine.check(spec, param, grad)
-            drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
+            drafts.append(Draft(group, spec, rule, param.grad is not None, param))
         return drafts
 
     def _commit(
-        self, drafts: list[_Draft], rules: Mapping[int, Rule], part: Sequence[Placed] | None
-    ) -> tuple[Ready, _Known | None]:
+        self, drafts: list[Draft], rules: Mapping[int, Rule], some: Sequence[Placed] | None
+    ) -> tuple[Ready, Known | None]:
         """Evaluate the schedules, then create missing state.
 
         Returns:
@@ -374,7 +203,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         """
         groups: list[int] = []
         calls: list[Number] = []
-        members: dict[Any, tuple[Cohort, list[_Draft]]] = {}
+        members: dict[Any, tuple[Cohort, list[Draft]]] = {}
         equal: dict[Rule, Rule] = {}
         for draft in drafts:
             group, spec, rule, has_grad, param = draft
@@ -417,16 +246,16 @@ class PreparingOptimizer(CheckpointedOptimizer):
             tasks=[tasks[draft.spec.id.index] for draft in drafts],
             cohorts=cohorts,
             clocks=clocks,
-            is_part=part is not None,
+            is_partial=some is not None,
         )
         grads = [draft.param.grad for draft in drafts if draft.param.grad is not None]
-        found = self._fingerprint(rules, part)
+        found = self._fingerprint(rules, some)
         if found is None:
             return (prepared, grads), None
-        _, params, ids = map(list, zip(*(self._ids() if part is None else part), strict=True))
+        _, params, ids = map(list, zip(*(self._ids() if some is None else some), strict=True))
         group_rules = [rules[id.group] for id in ids]
         own_rules = self._own_rules(group_rules, ids, params)
-        known = _Known(prepared, found[0], groups, ids, params, group_rules, own_rules)
+        known = Known(prepared, found[0], groups, ids, params, group_rules, own_rules)
         return (prepared, grads), known
 
     def _evaluate(
@@ -452,7 +281,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             cohort.scalars, updates = evaluated[key]
             if cohort.has_grad:
                 cohort.activity = Activity.UPDATE if updates else Activity.ACCUMULATE
-            elif updates and rule.accumulation_steps > 1:
+            elif updates and rule.loses_without_grad:
                 cohort.activity = Activity.DROP
             else:
                 cohort.activity = Activity.AVERAGE
@@ -464,7 +293,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             return cast(Tensor, group["step"])
         return cast("Tensor | None", self.state.get(param, {}).get(self.layout.step))
 
-    def _is_phantom_step(self, drafts: list[_Draft]) -> bool:
+    def _is_phantom_step(self, drafts: list[Draft]) -> bool:
         """Whether ``get_optimizer_state_dict`` only wants a fresh optimizer to create its state.
 
         It calls step() with every lr and every gradient set to zero. State is created then, and
@@ -484,36 +313,6 @@ class PreparingOptimizer(CheckpointedOptimizer):
                 self.state[param], spec, rule, self.layout, param, counter_device(group, param)
             )
         return True
-
-    # --- copies and state dicts -------------------------------------------------------------------
-
-    @override
-    def state_dict(self) -> StateDict:
-        state_dict = super().state_dict()
-        state_dict["param_groups"] = self._with_call_counted(state_dict["param_groups"])
-        return state_dict
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return {**state, "param_groups": self._with_call_counted(state["param_groups"])}
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._stepped = None
-        super().__setstate__(state)
-
-    def _with_call_counted(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Param groups as they are once a call that is under way has been counted."""
-        if not self._stepped or "step" not in self.param_groups[0]:
-            return groups
-        counted = self.param_groups[0]["step"] + 1
-        return [{**group, "step": counted} for group in groups]
-
-
-def _moves_without_grad(rule: Rule) -> bool:
-    """Whether a call does anything to a tensor that has no gradient."""
-    return rule.weight_average is not None or rule.accumulation_steps > 1
 
 
 def _is_zero(lr: float | Tensor | Callable[..., Any] | None) -> bool:

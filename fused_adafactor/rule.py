@@ -198,6 +198,19 @@ class Rule:
         """Whether ``FINALIZE`` has to know RMS(p)."""
         return self.eps2 is not None or self.keep_param_rms
 
+    @property
+    def loses_without_grad(self) -> bool:
+        """Whether the k-th call drops what a tensor without gradient has accumulated: Keras.
+
+        It counts calls for all of them; a count of a tensor's own is that of its gradients.
+        """
+        return self.accumulation_steps > 1 and self.step_count is StepCount.GLOBAL
+
+    @property
+    def moves_without_grad(self) -> bool:
+        """Whether a call changes the state of a tensor that has no gradient."""
+        return self.weight_average is not None or self.loses_without_grad
+
     def eps1_of(self, param_dtype: torch.dtype, math_dtype: torch.dtype) -> float:
         """eps1 for one tensor, large enough that no formula divides by zero.
 

@@ -34,6 +34,11 @@ class TensorId:
     group: int
     name: str | None
 
+    @property
+    def label(self) -> str:
+        """Its name, or "#" and its position."""
+        return f"#{self.index}" if self.name is None else self.name
+
     @override
     def __str__(self) -> str:
         """Name the parameter for a message."""

@@ -110,6 +110,15 @@ BIG_VISION = Dialect(
     },
 )
 
+# Keras' arguments, which every dialect takes, by a readable name.
+KERAS_EXTRAS: dict[str, dict[str, Any]] = {
+    "clipnorm": {"clipnorm": 0.5, "loss_scale_factor": 4.0},
+    "clipvalue": {"clipvalue": 0.5},
+    "global_clipnorm": {"global_clipnorm": 0.5},
+    "average": {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+
 KERAS = Dialect(
     "keras",
     plain={"learning_rate": 1e-2},
@@ -117,11 +126,7 @@ KERAS = Dialect(
     variants={
         "defaults": {},
         "weight_decay": {"weight_decay": 0.1, "loss_scale_factor": 4.0},
-        "clipnorm": {"clipnorm": 0.5},
-        "clipvalue": {"clipvalue": 0.5},
-        "global_clipnorm": {"global_clipnorm": 0.5},
-        "average": {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3},
-        "accumulation": {"gradient_accumulation_steps": 2},
+        **KERAS_EXTRAS,
     },
     counts_globally=True,
 )

@@ -174,6 +174,15 @@ def assert_close_optimizers(
             assert_close(mine, torch.as_tensor(value), tolerance, f"{key} of {what}")
 
 
+def assert_close_metrics(ours: Any, reference: Any, tolerance: float) -> None:
+    """What two optimizers say of each parameter; None must be None."""
+    assert list(ours) == list(reference)
+    for label, metrics in reference.items():
+        for name, mine, theirs in zip(metrics._fields, ours[label], metrics, strict=True):
+            same = mine is theirs is None
+            assert same or math.isclose(mine, theirs, rel_tol=tolerance), f"{name} of {label}"
+
+
 def assert_same_values(a: Any, b: Any, where: str = "state_dict") -> None:
     """Two nested values, tensors compared bit by bit."""
     assert type(a) is type(b), f"{where}: {type(a).__name__} and {type(b).__name__}"

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 
 from fused_adafactor.binding import Binding, Exchange
+from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Facts, Phase
 from fused_adafactor.spec import TensorSpec
 
@@ -37,6 +38,9 @@ class Executor(Protocol):
 
     def run_activity(self, activity: Activity, exchange: Exchange) -> None:
         """Run an activity that has no update."""
+
+    def outcome(self) -> Outcome:
+        """What the last update has found out; there has been one."""
 
 
 class Backend(Protocol):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
+from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import (
@@ -231,7 +232,7 @@ class _Executor:
         if key not in self.items:
             self.items[key] = _records_of(items_of(self.geometries, phases))
         only_sums = Phase.APPLY not in phases
-        self._execute(self.items[key], exchange, only_sums or exchange.wants_param_rms)
+        self._execute(self.items[key], exchange, reports=True)
         if only_sums:
             exchange.grad_sq = self.outcomes[:, 0].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
@@ -249,6 +250,11 @@ class _Executor:
                 for slab in range(geometry.slabs)
             )
         self._execute(self.items[kind], exchange, reports=False)
+
+    def outcome(self) -> Outcome:
+        """What the last update has found out."""
+        _, param_rms, alpha, update_rms = self.outcomes.unbind(dim=1)
+        return Outcome(param_rms, update_rms, alpha)
 
     def _drop_accumulated(self, skip: Tensor | None) -> None:
         for number, accumulator in self.accumulators:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.binding import Binding, Exchange
+from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding, round_kahan, round_nearest, round_stochastic
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
@@ -66,6 +67,7 @@ class _Work(Binding):
 class _Executor:
     def __init__(self, bindings: Sequence[Binding]) -> None:
         self.bindings = bindings
+        self.outcomes: list[tuple[Tensor | None, Tensor | None, Number]] = []
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         if Phase.STATS in phases:
@@ -77,7 +79,9 @@ class _Executor:
                 _PHASES[phase](b)
         if Phase.APPLY not in phases:
             exchange.grad_sq = torch.stack([b.grad_sq for b in work if b.grad_sq is not None])
-        elif exchange.wants_param_rms:
+            return
+        self.outcomes = [(b.param_rms, b.update_rms, b.alpha) for b in work]
+        if exchange.wants_param_rms:
             exchange.param_rms = torch.stack([b.param_rms for b in work if b.param_rms is not None])
 
     def run_activity(self, activity: Activity, exchange: Exchange) -> None:
@@ -89,6 +93,18 @@ class _Executor:
             elif activity is Activity.DROP and b.accumulator is not None:
                 _write(b, b.accumulator, torch.zeros_like(b.accumulator))
             average(b)
+
+    def outcome(self) -> Outcome:
+        device = self.bindings[0].param.device
+        columns = [
+            [torch.zeros((), device=device) if value is None else value for value in column]
+            for column in zip(*self.outcomes, strict=True)
+        ]
+        numbers = [
+            torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in column])
+            for column in columns
+        ]
+        return Outcome(*numbers)
 
     def _work(self, exchange: Exchange) -> list[_Work]:
         grads: Sequence[Tensor | None] = exchange.grads or [None] * len(self.bindings)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import fused_adafactor
-from fused_adafactor.arguments import EXTRA_DEFAULTS, Extras, TorchExtras
+from fused_adafactor.arguments import EXTRA_DEFAULTS
 
 CONSTRUCTORS = {
     "torch.Adafactor": (
@@ -54,8 +56,8 @@ def _class(name: str) -> type:
     return found
 
 
-def _arguments(cls: type) -> str:
-    parameters = list(inspect.signature(cls).parameters.values())
+def _arguments(called: Callable[..., object]) -> str:
+    parameters = list(inspect.signature(called).parameters.values())
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     return str(inspect.Signature(bare)).strip("()")
 
@@ -81,6 +83,19 @@ def test_every_dialect_is_a_torch_optimizer_with_the_same_extras(name: str) -> N
     assert isinstance(optimizer.explain(), str)
 
 
+METHODS = {
+    "step_param": "self, p, group=None",
+    "step_parameter": "self, p, group, i",
+    "enable_backward_step": "self, model=None",
+    "explain": "self",
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_dialect_has_the_same_methods_beyond_torchs(name: str) -> None:
+    assert {method: _arguments(getattr(_class(name), method)) for method in METHODS} == METHODS
+
+
 def test_the_extras_have_the_documented_defaults() -> None:
     assert EXTRA_DEFAULTS == {
         "rounding": "nearest",
@@ -92,11 +107,24 @@ def test_the_extras_have_the_documented_defaults() -> None:
         "fused": None,
         "foreach": None,
         "differentiable": False,
+        "clipnorm": None,
+        "clipvalue": None,
+        "global_clipnorm": None,
+        "use_ema": False,
+        "ema_momentum": 0.99,
+        "ema_overwrite_frequency": None,
+        "loss_scale_factor": None,
+        "gradient_accumulation_steps": None,
     }
-    assert set(Extras.__annotations__) | set(TorchExtras.__annotations__) == {
-        "backend",
-        *EXTRA_DEFAULTS,
-    }
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_extra_is_an_argument_of_every_dialect(name: str) -> None:
+    """Each once: what its peer has too is an argument of its own."""
+    parameters = inspect.signature(_class(name)).parameters
+    (extras,) = get_args(get_type_hints(_class(name).__init__, include_extras=True)["extras"])
+    assert set(parameters) & set(get_type_hints(extras)) == set()
+    assert {"backend", *EXTRA_DEFAULTS} <= set(parameters) | set(get_type_hints(extras))
 
 
 def test_torchs_own_arguments_and_defaults_are_ours() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.dialects import HF, TORCH, VARIANTS, Dialect
+from tests.dialects import HF, KERAS_EXTRAS, TORCH, VARIANTS, Dialect
 from tests.gpu.device import (
     BACKEND,
     built,
@@ -16,7 +16,7 @@ from tests.gpu.device import (
 )
 from tests.kernels.biting import EVERY_RULE, EVERY_SHAPE
 from tests.kernels.judged import BF16, F16, F32, F64, Judged, eps_of
-from tests.stepping import LAYOUTS, assert_untouched, params_of
+from tests.stepping import LAYOUTS, assert_close_metrics, assert_untouched, params_of
 
 # One of each way to cut a tensor, for the tests that are not about shapes.
 MIXED = [(7,), (), (3, 3), (40, 5, 5), (33, 9), (17, 23), (150, 200), (257, 513), (9, 16, 300)]
@@ -45,6 +45,20 @@ def test_every_variant_of_every_dialect(dialect: Dialect, variant: str, dtype: t
     pair.normwise = dialect.name in ("adafactor_pytorch", "big_vision") or "momentum" in variant
     for step in range(4):
         pair.step(grads_on_device(MIXED, step % 3, dtype))
+
+
+@pytest.mark.parametrize(
+    "rule", ["torch", "hf-momentum", "adafactor_pytorch-amsgrad", "big_vision"]
+)
+@pytest.mark.parametrize("extra", KERAS_EXTRAS)
+def test_keras_extras_under_every_dialect(rule: str, extra: str) -> None:
+    pair = judged_on_device(rule, MIXED, F32, **KERAS_EXTRAS[extra])
+    pair.normwise = rule != "torch"
+    for step in range(4):
+        pair.step(grads_on_device(MIXED, step, F32))
+    metrics = pair.judge.metrics()
+    assert len(metrics) == len(MIXED)
+    assert_close_metrics(pair.ours.metrics(), metrics, 1e-5)
 
 
 @pytest.mark.parametrize("grad_dtype", [F32, BF16, F16, F64], ids=str)

@@ -597,6 +597,8 @@ def test_the_amp_protocol() -> None:
 def test_a_table_of_the_plan() -> None:
     ours = offloaded(stepping.make_params(SHAPES, BF16))
     assert "17x23" in ours.explain()
+    take(ours, range(1))
+    assert ours.metrics()["#0"].param_rms is not None
 
 
 # --- copies that take their time -----------------------------------------------------------------

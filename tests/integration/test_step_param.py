@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from tests import stepping
-from tests.dialects import DIALECTS, HF, KERAS, OPTAX, TORCH, VARIANTS, Dialect
+from tests.dialects import (
+    DIALECTS,
+    HF,
+    KERAS,
+    KERAS_EXTRAS,
+    OPTAX,
+    TORCH,
+    VARIANTS,
+    Dialect,
+)
 from tests.integration import test_prepared as prepared
 from tests.stepping import params_of
 
@@ -22,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("each_backend")
 
 SHAPES = prepared.SHAPES
 GLOBAL = [dialect for dialect in DIALECTS if dialect.counts_globally]
+EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=str)
 # A common norm is of all gradients together.
 ALONE = [(d, v) for d, v in VARIANTS if "global_clipnorm" not in d.variants[v]]
 # What a step of one parameter refuses; and two that share a counter count it twice.
@@ -61,8 +71,22 @@ def test_every_variant_is_stepped_to_the_same_bits(dialect, variant, frees):
         stepping.assert_same_optimizers(apart, whole)
 
 
+@pytest.mark.parametrize("extra", sorted(set(KERAS_EXTRAS) - {"global_clipnorm"}))
+@EVERY_DIALECT
+def test_every_extra_of_keras_is_that_of_a_whole_step(dialect, extra):
+    """Also where a parameter has no gradient for once."""
+    apart, whole = (build(dialect, **KERAS_EXTRAS[extra]) for _ in range(2))
+    for step in range(7):
+        for optimizer in (apart, whole):
+            set_grads(optimizer, step, without=step if step > 2 else None)
+        step_apart(apart)
+        apart.step()
+        whole.step()
+        stepping.assert_same_optimizers(apart, whole)
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
-@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@EVERY_DIALECT
 def test_every_rounding_is_that_of_a_whole_step(dialect, rounding):
     apart, whole = (build(dialect, torch.bfloat16, rounding=rounding, seed=3) for _ in range(2))
     for step in range(4):
@@ -92,7 +116,7 @@ def test_a_change_is_followed(change: Callable[[Any], None]) -> None:
         stepping.assert_same_optimizers(apart, whole)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@EVERY_DIALECT
 def test_what_has_not_changed_is_not_described_again(dialect, described):
     optimizer = build(dialect)
     set_grads(optimizer, 0)
@@ -122,7 +146,7 @@ def test_more_parameters_than_are_kept_by_default_are_all_kept(described):
     assert described == []
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@EVERY_DIALECT
 def test_a_call_may_be_left_to_step(dialect):
     """Some parameters by themselves, step() does the others; the next time others."""
     apart, whole = (build(dialect) for _ in range(2))
@@ -135,7 +159,7 @@ def test_a_call_may_be_left_to_step(dialect):
         stepping.assert_same_optimizers(apart, whole)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@EVERY_DIALECT
 def test_nobody_has_to_call_step(dialect):
     """As in kohya's fused backward pass; a saved state is that of whole steps all the same."""
     apart, whole = (build(dialect) for _ in range(2))
@@ -167,6 +191,26 @@ def test_nobody_has_to_call_step(dialect):
     stepping.assert_same_optimizers(resumed, whole)
 
 
+@EVERY_DIALECT
+def test_a_state_that_is_loaded_begins_a_call(dialect):
+    """Its gradients have not been used by it."""
+    apart, whole = (build(dialect) for _ in range(2))
+    for optimizer in (apart, whole):
+        stepping.take_steps(optimizer, 2)
+    saved = copy.deepcopy(apart.state_dict())
+    before = [p.detach().clone() for p in params_of(apart)]
+    for optimizer in (apart, whole):
+        set_grads(optimizer, 2)
+    step_apart(apart, frees=False)
+    apart.load_state_dict(saved)
+    with torch.no_grad():
+        for p, value in zip(params_of(apart), before, strict=True):
+            p.copy_(value)
+    for optimizer in (apart, whole):
+        optimizer.step()
+    stepping.assert_same_optimizers(apart, whole)
+
+
 @pytest.mark.parametrize("dialect", GLOBAL, ids=str)
 def test_a_shared_counter_counts_calls_of_step(dialect):
     optimizer = build(dialect)
@@ -180,7 +224,7 @@ def test_a_shared_counter_counts_calls_of_step(dialect):
     assert counts == [0.0, 1.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@EVERY_DIALECT
 def test_a_gradient_is_used_once_and_a_new_one_is_used(dialect):
     optimizer = build(dialect)
     p = params_of(optimizer)[0]
@@ -219,19 +263,22 @@ def test_no_gradient_is_kept_alive():
             gc.enable()
 
 
-def test_what_has_left_is_let_go_of():
+@pytest.mark.parametrize("number", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("goes_on", ["apart", "whole"])
+def test_what_has_left_is_let_go_of(number, goes_on):
     optimizer = build(TORCH)
     for step in range(2):
         set_grads(optimizer, step)
         step_apart(optimizer)
         optimizer.step()
-    param = optimizer.param_groups[0]["params"].pop(0)
-    alive = [weakref.ref(param), weakref.ref(optimizer.state.pop(param)["row_var"])]
+    param = optimizer.param_groups[0]["params"].pop(number)
+    alive = [weakref.ref(param), weakref.ref(optimizer.state.pop(param)["step"])]
     del param
     gc.disable()
     try:
         set_grads(optimizer, 2)
-        step_apart(optimizer)
+        if goes_on == "apart":
+            step_apart(optimizer)
         optimizer.step()
         assert [ref() for ref in alive] == [None, None]
     finally:
@@ -291,7 +338,7 @@ def test_what_is_not_ours_is_refused():
     ("dialect", "argument", "value"),
     [
         *((dialect, "max_grad_norm", 1.0) for dialect in DIALECTS),
-        (KERAS, "global_clipnorm", 1.0),
+        *((dialect, "global_clipnorm", 1.0) for dialect in DIALECTS),
         (KERAS, "nonfinite", "skip"),
         (OPTAX, "nonfinite", "skip"),
     ],
@@ -325,6 +372,13 @@ def test_a_grad_scaler_is_refused():
     scaler.scale(torch.ones(()))
     with stepping.assert_untouched(optimizer), pytest.raises(RuntimeError, match="GradScaler"):
         scaler.step(optimizer)
+
+
+def test_one_parameter_of_a_scaled_loss_is_refused():
+    """What torch's GradScaler sets before it calls step()."""
+    optimizer = build(TORCH, fused=True)
+    optimizer.found_inf = torch.zeros(())
+    assert_refused(optimizer, "GradScaler")
 
 
 def test_a_refused_parameter_does_not_end_the_call():

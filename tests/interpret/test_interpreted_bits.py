@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
+from fused_adafactor import in_backward
 from fused_adafactor.backends import triton as backend
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests.dialects import HF, KERAS
@@ -185,6 +187,41 @@ def test_a_tensor_does_not_feel_what_is_stepped_with_it(
             start.grad = draw(SOME, step, F32)[number]
             optimizer.step()
         assert_same([together[number]], results(optimizer))
+
+
+@pytest.mark.parametrize("rule", ["hf", "optax-momentum"])
+def test_steps_in_the_backward_pass_have_the_bits_of_step(
+    rule: str, launch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tensors by themselves, some together."""
+    monkeypatch.setattr(in_backward, "BATCH_BYTES", 2048)
+    together = run(rule, SOME, BF16, rounding="stochastic")
+    optimizer = built(rule, params_in(SOME, BF16), rounding="stochastic")
+    optimizer.enable_backward_step()
+    for step in range(2):
+        grads = draw(SOME, step, BF16)
+        terms = [(p * g).sum() for p, g in zip(params_of(optimizer), grads, strict=True)]
+        torch.stack(terms).sum().backward()
+        assert all(p.grad is None for p in params_of(optimizer))
+        optimizer.step()
+    assert 1 < len(optimizer._partial_steps) < len(SOME)
+    assert_same(together, results(optimizer))
+
+
+def test_a_compiled_step_is_not_looked_into() -> None:
+    """Not even to the launch of a kernel, which the compiler knows how to trace."""
+    eager = run("hf", FEW, F32)
+    optimizer = built("hf", params_in(FEW, F32))
+    compiled = torch.compile(optimizer.step, backend="eager")
+    counters.clear()
+    for step in range(2):
+        for p, g in zip(params_of(optimizer), draw(FEW, step, F32), strict=True):
+            p.grad = g
+        compiled()
+    assert_same(eager, results(optimizer))
+    (reason,) = counters["graph_break"]
+    assert reason.startswith("Skip calling `torch.compiler.disable()`d function")
+    assert counters["frames"]["total"] == 1
 
 
 def test_bits_do_not_depend_on_waves(monkeypatch: pytest.MonkeyPatch) -> None:

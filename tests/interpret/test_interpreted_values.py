@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fused_adafactor.backends import triton as backend
 from tests import stepping
-from tests.dialects import HF, KERAS, OPTAX, TORCH, VARIANTS, Dialect
+from tests.dialects import HF, KERAS, KERAS_EXTRAS, OPTAX, TORCH, VARIANTS, Dialect
 from tests.interpret.small import FEW, MIXED, SMALL, built, judged, judged_of, use
 from tests.kernels.biting import EVERY_RULE, RULES, conditioning, draw
 from tests.kernels.judged import BF16, F16, F32, F64, eps_of, params_in
-from tests.stepping import LAYOUTS, params_of
+from tests.stepping import LAYOUTS, assert_close_metrics, params_of
 
 
 @pytest.mark.parametrize(("dialect", "variant"), VARIANTS, ids=str)
@@ -32,6 +32,32 @@ def test_every_variant_of_every_dialect(dialect: Dialect, variant: str) -> None:
     pair.normwise = dialect.name in ("adafactor_pytorch", "big_vision") or "momentum" in variant
     for step in range(4 if variant in ("accumulation", "average") else 2):
         pair.step(draw(MIXED, step % 3, F32))
+
+
+# One of each place that momentum has, AMSGrad, torch's clamp, and counts of both kinds.
+RULES_OF_DIALECTS = ["torch", "hf-momentum", "adafactor_pytorch-amsgrad", "optax-momentum"]
+
+
+@pytest.mark.parametrize("rule", [*RULES_OF_DIALECTS, "big_vision"])
+@pytest.mark.parametrize("extra", KERAS_EXTRAS)
+def test_keras_extras_under_every_dialect(rule: str, extra: str) -> None:
+    pair = judged(rule, params_in(FEW, F32), **KERAS_EXTRAS[extra])
+    pair.normwise = rule != "torch"
+    for step in range(4 if extra in ("accumulation", "average") else 2):
+        pair.step(draw(FEW, step, F32))
+
+
+@pytest.mark.parametrize("rule", ["torch", "hf", "hf-momentum", "adafactor_pytorch-amsgrad"])
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 0.5}], ids=["alone", "joined"])
+def test_metrics(rule: str, extras: dict[str, Any]) -> None:
+    pair = judged(rule, params_in(MIXED, F32), **extras)
+    for step in range(2):
+        pair.step(draw(MIXED, step, F32))
+    metrics = pair.judge.metrics()
+    assert len(metrics) == len(MIXED)
+    assert_close_metrics(pair.ours.metrics(), metrics, 1e-5)
+    if extras:
+        assert float(pair.ours.grad_norm) == pytest.approx(float(pair.judge.grad_norm), rel=1e-6)
 
 
 # By the sizes of ``small.py``; a matrix of 64 elements is tiny, one of 128 is one ticket.

@@ -118,3 +118,13 @@ def test_the_interpreter_steps_tensors_of_a_cpu_only(
         backends.choose("triton", CUDA)
     machine(triton=False, gpu=False)
     assert backends.choose("auto", CPU).backend != "triton"
+
+
+def test_a_mirror_is_refused_with_the_reason() -> None:
+    """What it steps is on the device already; nothing is written to the host."""
+    param = torch.ones(4, 6)
+    rule: Any = HfAdafactor([param.requires_grad_()])._rule(HfAdafactor([param]).param_groups[0])
+    for mirror, wanted in ((None, None), (torch.ones(4, 6), "has a mirror")):
+        spec = spec_of(TensorId(0, 0, None), param, param, rule, mirror)
+        found = triton.obstacle(spec)
+        assert found == wanted if wanted is None else wanted in str(found)

@@ -18,6 +18,7 @@ from fused_adafactor.backends.triton.kernel import step
 from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_row, tensor_row
 from fused_adafactor.backends.triton.variants import Variant, traits_of, variant_of
 from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.slabs import Geometry, ItemKind, geometry_of
 from fused_adafactor.tickets import (
@@ -246,6 +247,11 @@ class Executor:
         if activity is Activity.DROP:
             self._drop_accumulated(exchange.skip)
         self._launch(self.launches_of_activity(activity), exchange)
+
+    def outcome(self) -> Outcome:
+        """What the last update has found out."""
+        fields = (f.PARAM_RMS, f.UPDATE_RMS, f.ALPHA)
+        return Outcome(*(self.outcomes[:, field.value] for field in fields))
 
     def launches_of(self, phases: Sequence[Phase]) -> list[Launch]:
         """What steps the tensors, in order; made when it is first asked for."""

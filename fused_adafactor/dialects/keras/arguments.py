@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from fused_adafactor.arguments import is_negative, require_given, require_numbers
-from fused_adafactor.rule import GradClip, GradClipKind
 
 LearningRate: TypeAlias = float | Tensor | Callable[..., Any]
 
@@ -55,22 +54,11 @@ def check(group: Mapping[str, Any]) -> None:
         TypeError: One is no number where only a number will do.
         ValueError: One is out of range, with Keras' texts where Keras checks it.
     """
-    lr, momentum = group["lr"], group["ema_momentum"]
+    lr = group["lr"]
     names = ("beta_2_decay", "epsilon_1", "epsilon_2", "clip_threshold")
     required = {"lr": lr, **{name: group[name] for name in names}}
-    if group["use_ema"]:
-        required["ema_momentum"] = momentum
-    clips = {key: group[key] for key in ("clipnorm", "clipvalue", "global_clipnorm")}
-    require_numbers(
-        **{
-            **required,
-            **clips,
-            "lr": None if callable(lr) else lr,
-            "ema_momentum": momentum,
-            "weight_decay": group["weight_decay"],
-            "loss_scale_factor": group["loss_scale_factor"],
-        }
-    )
+    numbers = {**required, "lr": None if callable(lr) else lr}
+    require_numbers(**numbers, weight_decay=group["weight_decay"])
     require_given(**required)
     if callable(lr):
         takes_iteration(lr)
@@ -79,8 +67,6 @@ def check(group: Mapping[str, Any]) -> None:
     elif is_negative(lr):
         raise ValueError(f"learning_rate should be >= 0 but is: {lr}")
     _check_ranges(group)
-    _check_clips(clips, group["max_grad_norm"])
-    _check_counts(group)
 
 
 def _check_ranges(group: Mapping[str, Any]) -> None:
@@ -93,59 +79,6 @@ def _check_ranges(group: Mapping[str, Any]) -> None:
         raise ValueError(f"clip_threshold should be > 0 but is: {group['clip_threshold']}")
     if group["weight_decay"] is not None and not group["weight_decay"] >= 0.0:
         raise ValueError(f"weight_decay should be >= 0 or None but is: {group['weight_decay']}")
-    scale = group["loss_scale_factor"]
-    if scale is not None and not scale > 0.0:
-        raise ValueError(f"loss_scale_factor should be > 0 or None but is: {scale}")
-
-
-def _check_clips(clips: Mapping[str, float | None], max_grad_norm: float | None) -> None:
-    if sum(value is not None for value in clips.values()) > 1:
-        raise ValueError(
-            "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. Received: "
-            + ", ".join(f"{key}={value}" for key, value in clips.items())
-        )
-    if max_grad_norm is not None and any(value is not None for value in clips.values()):
-        raise ValueError(
-            "max_grad_norm excludes clipnorm, clipvalue and global_clipnorm. Received: "
-            + ", ".join(f"{key}={value}" for key, value in clips.items())
-            + f", max_grad_norm={max_grad_norm}"
-        )
-
-
-def _check_counts(group: Mapping[str, Any]) -> None:
-    """Keras' checks of gradient accumulation and of the average of the weights."""
-    steps = group["gradient_accumulation_steps"]
-    if steps and not (isinstance(steps, int) and steps >= 2):
-        raise ValueError(
-            "`gradient_accumulation_steps` must be an integer >= 2. Received: "
-            f"gradient_accumulation_steps={steps}"
-        )
-    if not group["use_ema"]:
-        return
-    momentum, every = group["ema_momentum"], group["ema_overwrite_frequency"]
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"`ema_momentum` must be in the range [0, 1]. Received: ema_momentum={momentum}"
-        )
-    if every and (not isinstance(every, int) or every < 1):
-        raise ValueError(
-            "`ema_overwrite_frequency` must be an integer >= 1 or None. Received: "
-            f"ema_overwrite_frequency={every}"
-        )
-
-
-def grad_clip(group: Mapping[str, Any]) -> GradClip | None:
-    """Keras clips by what is above 0; a global norm that is not finite makes every gradient NaN."""
-    kinds = (
-        ("clipnorm", GradClipKind.NORM),
-        ("global_clipnorm", GradClipKind.GLOBAL_NORM),
-        ("clipvalue", GradClipKind.VALUE),
-    )
-    for key, kind in kinds:
-        if group[key] is not None and group[key] > 0:
-            is_global = kind is GradClipKind.GLOBAL_NORM
-            return GradClip(kind, float(group[key]), nan_if_not_finite=is_global)
-    return None
 
 
 def is_schedule(lr: Any) -> bool:

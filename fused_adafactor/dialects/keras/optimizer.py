@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self, Unpack, override
 
-from fused_adafactor.arguments import Extras, require_numbers, rule_arguments
+from fused_adafactor.arguments import KerasExtras, require_numbers, rule_arguments
 from fused_adafactor.dialects.keras.arguments import (
     CONFIG,
     LearningRate,
     check,
     check_learning_rate,
-    grad_clip,
     is_schedule,
     loaded_learning_rate,
     saved_learning_rate,
@@ -26,7 +25,7 @@ from fused_adafactor.dialects.keras.arguments import (
 )
 from fused_adafactor.dialects.keras.variables import VariablesOfKeras
 from fused_adafactor.factoring import Factoring, View
-from fused_adafactor.rule import DecayFactor, Eps1Rule, Rule, StepCount, WeightAverage, WeightDecay
+from fused_adafactor.rule import DecayFactor, Eps1Rule, Rule, StepCount, WeightDecay
 from fused_adafactor.schedule import PowerDecay, StepSize
 from fused_adafactor.spec import TensorId
 
@@ -66,7 +65,7 @@ class Adafactor(VariablesOfKeras):
         gradient_accumulation_steps: Update at every k-th call, with the average gradient; at least
             2, or None. A parameter without gradient in the k-th call loses what it gathered.
         name: For ``get_config``.
-        **extras: See ``fused_adafactor.arguments.Extras``. max_grad_norm is one more way of
+        **extras: See ``fused_adafactor.arguments.KerasExtras``. max_grad_norm is one more way of
             clipping, so it excludes the three above.
 
     State, by Keras' names:
@@ -111,7 +110,7 @@ class Adafactor(VariablesOfKeras):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
-        **extras: Unpack[Extras],
+        **extras: Unpack[KerasExtras],
     ) -> None:
         """Check the arguments as Keras does and build the param groups."""
         check_learning_rate(learning_rate)
@@ -136,13 +135,12 @@ class Adafactor(VariablesOfKeras):
             # checkpoints have it.
             "excluded_from_weight_decay": None,
         }
-        check({**defaults, "max_grad_norm": extras.get("max_grad_norm")})
+        check(defaults)
         super().__init__(params, defaults, extras)
 
     @override
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         check(group)
-        shared = rule_arguments(group)
         decay = group["weight_decay"]
         return Rule(
             factoring=Factoring(View.LAST_TWO),
@@ -154,14 +152,7 @@ class Adafactor(VariablesOfKeras):
             clip_threshold=group["clip_threshold"],
             weight_decay=WeightDecay(decay, DecayFactor.LR, before_rms=True) if decay else None,
             step_count=StepCount.GLOBAL,
-            grad_divisor=group["loss_scale_factor"] or 1.0,
-            accumulation_steps=group["gradient_accumulation_steps"] or 1,
-            weight_average=WeightAverage(
-                group["ema_momentum"], group["ema_overwrite_frequency"] or None
-            )
-            if group["use_ema"]
-            else None,
-            **{**shared, "grad_clip": grad_clip(group) or shared["grad_clip"]},
+            **rule_arguments(group),
         )
 
     @override
@@ -296,7 +287,7 @@ class Adafactor(VariablesOfKeras):
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], params: ParamsT, **extras: Unpack[Extras]
+        cls, config: Mapping[str, Any], params: ParamsT, **extras: Unpack[KerasExtras]
     ) -> Self:
         """An optimizer of ``params`` by a configuration, from here or from Keras.
 

@@ -56,25 +56,6 @@ class VariablesOfKeras(AdafactorBase):
     )
     name: str
 
-    @torch.no_grad()
-    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
-        """Write the averages of use_ema to the parameters, as Keras' ``fit`` does at its end.
-
-        Args:
-            var_list: These parameters only; None for all.
-
-        Raises:
-            ValueError: A parameter that is not this optimizer's.
-        """
-        layout = self.layout
-        chosen = {id(param) for param in self._own(var_list)}
-        for group, param, _ in self._ids():
-            state = self.state.get(param, {})
-            if group["use_ema"] and id(param) in chosen and layout.average in state:
-                param.copy_(state[layout.average])
-                if layout.compensation in state:  # it belongs to the value that was overwritten
-                    state[layout.compensation].zero_()
-
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Tensor | Any | None, Tensor]]
     ) -> Tensor:
