@@ -65,6 +65,9 @@ class Binding:
         compensation: Of Kahan's summation, full.
         average: EMA of the weights, full.
         accumulator: Sum of gradients since the last update, full.
+        mirror: Written with every new value of the parameter, full, and never read: the parameter
+            as it is stored, rounded to the dtype of the mirror. To nearest; at random, with the
+            parameter's own key, where bfloat16 mirrors what is wider and the rule rounds so.
     """
 
     planned: PlannedTensor
@@ -79,6 +82,7 @@ class Binding:
     compensation: Tensor | None
     average: Tensor | None
     accumulator: Tensor | None
+    mirror: Tensor | None
 
     @property
     def rule(self) -> Rule:
@@ -168,6 +172,7 @@ def memory_of(b: Binding, swapped: bool) -> dict[str, Tensor]:
         ("compensation", b.compensation, spec.param_dtype),
         ("average", b.average, spec.math_dtype),
         ("accumulator", b.accumulator, spec.math_dtype),
+        ("mirror", b.mirror, spec.mirror_dtype),
     )
     for name, tensor, dtype in entries:
         if tensor is not None:
@@ -175,7 +180,7 @@ def memory_of(b: Binding, swapped: bool) -> dict[str, Tensor]:
     return {name: tensor for name, tensor, _ in entries if tensor is not None}
 
 
-def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _check_memory(spec: TensorSpec, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
     full = tensor.shape == spec.shape and name not in ("line_var", "cross_var", "exp_avg_scale")
     wanted = spec.state_strides if full else torch.empty(tensor.shape, device="meta").stride()
     strides = tuple(s for s, n in zip(wanted, tensor.shape, strict=True) if n > 1)

@@ -7,7 +7,7 @@ enter a state dict; a state dict that does not fit changes nothing.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -57,16 +57,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
 
     def _ids(self) -> Iterable[tuple[dict[str, Any], Tensor, TensorId]]:
         """Every parameter once, with its group and its identity."""
-        index = 0
-        seen: set[int] = set()
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            for place, param in enumerate(group["params"]):
-                if id(param) not in seen:
-                    seen.add(id(param))
-                    named = names[place] if names and place < len(names) else None
-                    yield group, param, TensorId(index, number, named)
-                index += 1
+        return ids_of(self.param_groups)
 
     @override
     def state_dict(self) -> StateDict:
@@ -75,12 +66,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         A schedule given as a function stays with the optimizer that has it, so that every state
         dict can be pickled and loaded with ``weights_only=True``.
         """
-        state_dict = super().state_dict()
-        state_dict["param_groups"] = [
-            {key: value for key, value in group.items() if not callable(value)}
-            for group in state_dict["param_groups"]
-        ]
-        return state_dict
+        return without_functions(super().state_dict())
 
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -246,6 +232,31 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         """Let every group follow one counter tensor: the global count of steps."""
         for group in self.param_groups:
             group["step"] = shared
+
+
+def ids_of(
+    param_groups: Iterable[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], Tensor, TensorId]]:
+    """Every parameter of param groups once, with its group and its identity."""
+    index = 0
+    seen: set[int] = set()
+    for number, group in enumerate(param_groups):
+        names = group.get("param_names")
+        for place, param in enumerate(group["params"]):
+            if id(param) not in seen:
+                seen.add(id(param))
+                named = names[place] if names and place < len(names) else None
+                yield group, param, TensorId(index, number, named)
+            index += 1
+
+
+def without_functions(state_dict: StateDict) -> StateDict:
+    """A state dict whose param groups have no Python functions."""
+    groups = [
+        {key: value for key, value in group.items() if not callable(value)}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ class Task:
         cohort: Its rule, and the numbers of each step.
         param: The parameter.
         state: Its state, complete.
+        mirror: Its mirror, or None.
         counter: The step counter that it follows; advanced when the call is done.
     """
 
@@ -57,6 +58,7 @@ class Task:
     param: Tensor
     state: dict[str, Any]
     counter: Tensor
+    mirror: Tensor | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -370,6 +372,7 @@ class Engine:
             compensation=entry("compensation"),
             average=entry("average"),
             accumulator=entry("accumulator"),
+            mirror=task.mirror,
         )
 
 

@@ -49,6 +49,7 @@ def fingerprint_of(
     groups: Sequence[Mapping[str, Any]],
     rules: Sequence[Rule],
     state: Mapping[Tensor, Any],
+    mirrors: Sequence[Tensor],
 ) -> tuple[Fingerprint, list[Tensor]] | None:
     """The fingerprint of a step, and the gradients that there are.
 
@@ -60,6 +61,7 @@ def fingerprint_of(
         groups: Those that the parameters are in.
         rules: Theirs.
         state: Of the parameters, and of others where it is not worth the time to choose.
+        mirrors: Likewise.
 
     Returns:
         None if there is anything whose memory cannot be told, such as a sparse gradient or a number
@@ -87,11 +89,11 @@ def fingerprint_of(
             list(map(_dtype, grads)),
             list(map(type, grads)),
             list(chain.from_iterable(state.values())),
-            list(map(Tensor.data_ptr, _parts([*kept, *shared]))),
+            list(map(Tensor.data_ptr, _parts([*kept, *shared, *mirrors]))),
         )
     except (RuntimeError, TypeError):
         return None
-    return Fingerprint([*params, *state, *kept, *shared], facts), _parts(grads)
+    return Fingerprint([*params, *state, *kept, *shared, *mirrors], facts), _parts(grads)
 
 
 def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:

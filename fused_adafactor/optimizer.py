@@ -324,5 +324,5 @@ class AdafactorBase(PartialOptimizer):
         specs = []
         for _, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
-            specs.append(described(id, param, rule))
+            specs.append(described(id, param, rule, self._mirrors.get(param)))
         return self._engine.explain(specs, list(rules.values()))

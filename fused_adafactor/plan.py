@@ -67,7 +67,7 @@ class PlannedTensor:
         launch: How it is stepped.
         sweeps: How often its gradient is read in an update.
         bytes: Least traffic of those sweeps over gradient and parameter: sweeps reads of g, one
-            read and one write of p, one more read of p for RMS(p).
+            read and one write of p, one more read of p for RMS(p), one write of its mirror.
         why: Reason for the number of sweeps.
     """
 
@@ -123,6 +123,7 @@ def _plan_tensor(spec: TensorSpec, facts: Facts) -> PlannedTensor:
     traffic = spec.numel * (
         sweeps * spec.grad_dtype.itemsize
         + (3 if spec.structure.param_rms else 2) * spec.param_dtype.itemsize
+        + (0 if spec.mirror_dtype is None else spec.mirror_dtype.itemsize)
     )
     return PlannedTensor(
         spec, launch, sweeps, traffic, obstacle or "Σu² follows from the first sweep"

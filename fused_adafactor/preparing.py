@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -65,6 +66,9 @@ class PreparingOptimizer(CheckpointedOptimizer):
 
     # The last step of all parameters, kept for the next one; never copied, pickled or saved.
     _known: Known | None = None
+    # What every new value of a parameter is written to besides, see ``Binding.mirror``; by
+    # parameter. Set by whoever owns the optimizer, as CPUOffload does.
+    _mirrors: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
         """The group's lr of this step; None where it is a function, which the rule then holds."""
@@ -160,11 +164,13 @@ class PreparingOptimizer(CheckpointedOptimizer):
             groups: Sequence[Mapping[str, Any]] = self.param_groups
             params = list(chain.from_iterable(group["params"] for group in groups))
             places: list[Any] = [(len(g["params"]), list(g.get("param_names", ()))) for g in groups]
-            return fingerprint_of(params, places, groups, list(rules.values()), self.state)
+            mirrors = list(self._mirrors.values())
+            return fingerprint_of(params, places, groups, list(rules.values()), self.state, mirrors)
         groups = [self.param_groups[number] for number in rules]
         _, params, places = map(list, zip(*some, strict=True))
         state = {param: self.state[param] for param in params if param in self.state}
-        return fingerprint_of(params, places, groups, list(rules.values()), state)
+        mirrors = [self._mirrors[param] for param in params if param in self._mirrors]
+        return fingerprint_of(params, places, groups, list(rules.values()), state, mirrors)
 
     def _own_rules(
         self, group_rules: list[Rule], ids: list[TensorId], params: list[Tensor]
@@ -181,7 +187,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             rule = self._param_rule(rules[id.group], id, param)
             if param.grad is None and (not rule.moves_without_grad or param not in self.state):
                 continue
-            spec = described(id, param, rule)
+            spec = described(id, param, rule, self._mirrors.get(param))
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             part = local_of(param)
             self._engine.check(spec, part, part if param.grad is None else local_of(param.grad))
@@ -235,6 +241,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
                     param=part,
                     state=self.state[param],
                     counter=counted,
+                    mirror=self._mirrors.get(param),
                 )
             clocks.append(Clock(list(counters.values()), not isinstance(call, Tensor)))
         prepared = Prepared(

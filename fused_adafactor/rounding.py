@@ -293,6 +293,27 @@ def round_stochastic(
     return rounded
 
 
+def is_rounding_of(rounded: Tensor, value: Tensor, rounding: Rounding) -> Tensor:
+    """Whether values may have been rounded to these, element by element.
+
+    Args:
+        rounded: bfloat16, float16, float32 or float64.
+        value: Any of these. Shaped as ``rounded``.
+        rounding: How; at random only to bfloat16, where either neighbour will do.
+
+    Returns:
+        Tensor of bool. False where ``value`` is NaN and rounded to nearest.
+    """
+    if value.dtype not in _MATH_DTYPES:
+        value = value.to(torch.float32)
+    nearest = rounded == round_nearest(value, rounded.dtype)
+    if rounding is not Rounding.STOCHASTIC or rounded.dtype is not torch.bfloat16:
+        return nearest
+    bits = value.to(torch.float32).view(torch.int32)
+    away = (rounded.view(torch.int16).to(torch.int32) - (bits >> 16)) & _MASK_16
+    return nearest | (away == 0) | ((away == 1) & ((bits & _MASK_16) != 0))
+
+
 def round_kahan(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rounds to nearest and keeps what was lost, to be added before the next rounding.
 

@@ -64,7 +64,7 @@ def shard_of(id: TensorId, param: Tensor) -> Shard | None:
     )
 
 
-def described(id: TensorId, param: Tensor, rule: Rule) -> TensorSpec:
+def described(id: TensorId, param: Tensor, rule: Rule, mirror: Tensor | None = None) -> TensorSpec:
     """What this process has of a parameter and its gradient, checked; see ``spec_of``.
 
     A parameter without a gradient stands for one.
@@ -80,9 +80,9 @@ def described(id: TensorId, param: Tensor, rule: Rule) -> TensorSpec:
             "single process; use torch.bfloat16"
         )
     if param.grad is None:
-        return spec_of(id, part, part, rule, shard)
+        return spec_of(id, part, part, rule, shard, mirror)
     _check_grad(id, param, param.grad)
-    return spec_of(id, part, local_of(param.grad), rule, shard)
+    return spec_of(id, part, local_of(param.grad), rule, shard, mirror)
 
 
 def _check_grad(id: TensorId, param: Tensor, grad: Tensor) -> None:

@@ -93,6 +93,7 @@ class TensorSpec:
         view: The matrices that are factored, or None.
         structure: The switches of its rule.
         shard: Which part of the parameter it is; None for all of it.
+        mirror_dtype: Of its mirror, one of ``DTYPES``; None where it has none.
     """
 
     id: TensorId
@@ -106,6 +107,7 @@ class TensorSpec:
     view: MatrixView | None
     structure: Structure
     shard: Shard | None = None
+    mirror_dtype: torch.dtype | None = None
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -158,7 +160,7 @@ class TensorSpec:
 
     @property
     def state_strides(self) -> tuple[int, ...]:
-        """Strides of full-size state: the parameter's if those are dense, else row-major."""
+        """Strides of full-size state and of a mirror: the parameter's if dense, else row-major."""
         dense, span = True, 1
         for stride, size in sorted(zip(self.param_strides, self.shape, strict=True)):
             if size > 1:
@@ -213,9 +215,14 @@ class TensorSpec:
 
 
 def spec_of(
-    id: TensorId, param: Tensor, grad: Tensor, rule: Rule, shard: Shard | None = None
+    id: TensorId,
+    param: Tensor,
+    grad: Tensor,
+    rule: Rule,
+    shard: Shard | None = None,
+    mirror: Tensor | None = None,
 ) -> TensorSpec:
-    """Check a parameter and its gradient, and describe them.
+    """Check a parameter, its gradient and its mirror, and describe them.
 
     Args:
         id: Which parameter.
@@ -223,20 +230,21 @@ def spec_of(
         grad: Its gradient, likewise.
         rule: Its rule.
         shard: Which part it is; None for all of it.
+        mirror: What else it is written to, or None.
 
     Raises:
         RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or
             overlapping memory.
         TypeError: A dtype that is not one of ``DTYPES``.
-        ValueError: Shapes differ, a rounding that the dtype does not have, or a part of a
-            parameter that is factored by a reshape.
+        ValueError: Shapes differ, a rounding that the dtype does not have, a part of a parameter
+            that is factored by a reshape, or a mirror that is not laid out as ``state_strides``.
     """
-    _check_kinds(id, param, grad)
+    check_kinds(id, param, grad)
     _check_pair(id, param, grad)
-    _check_rounding(id, param, rule)
+    _check_rounding(id, param.dtype, rule)
     shape = tuple(param.shape)
     double = torch.float64 in (param.dtype, grad.dtype)
-    return TensorSpec(
+    spec = TensorSpec(
         id=id,
         shape=shape,
         param_strides=param.stride(),
@@ -248,7 +256,11 @@ def spec_of(
         view=_view_of(id, shape, rule, shard),
         structure=structure_of(rule),
         shard=shard,
+        mirror_dtype=None if mirror is None else mirror.dtype,
     )
+    if mirror is not None:
+        _check_mirror(spec, mirror, rule)
+    return spec
 
 
 def _view_of(
@@ -290,8 +302,13 @@ def has_memory(tensor: Tensor) -> bool:
             return False
 
 
-def _check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
-    """What the two tensors are."""
+def check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
+    """Refuse a parameter or a gradient of a kind that is not stepped.
+
+    Raises:
+        RuntimeError: Sparse or complex.
+        TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
+    """
     if param.is_complex() or grad.is_complex():
         raise RuntimeError(
             f"Adafactor does not support complex parameters: {id} is {param.dtype}; "
@@ -333,10 +350,26 @@ def _check_pair(id: TensorId, param: Tensor, grad: Tensor) -> None:
         )
 
 
-def _check_rounding(id: TensorId, param: Tensor, rule: Rule) -> None:
-    if rule.rounding is Rounding.STOCHASTIC and param.dtype is torch.float16:
+def _check_mirror(spec: TensorSpec, mirror: Tensor, rule: Rule) -> None:
+    """A backend writes it through a pointer, so it must lie as its spec says."""
+    what = f"the mirror of {spec.id}"
+    if mirror.dtype not in DTYPES:
+        raise TypeError(
+            f"{what} has dtype {mirror.dtype}; expected float32, bfloat16, float16 or float64"
+        )
+    if mirror.device != spec.device or (spec.numel and not has_memory(mirror)):
+        raise RuntimeError(f"{what} must be plain memory on {spec.device}, like its parameter")
+    found = {"shape": tuple(mirror.shape), "strides": mirror.stride()}
+    for name, wanted in (("shape", spec.shape), ("strides", spec.state_strides)):
+        if found[name] != wanted:
+            raise ValueError(f"{what} has {name} {found[name]}; expected {wanted}")
+    _check_rounding(spec.id, mirror.dtype, rule, "whose mirror is")
+
+
+def _check_rounding(id: TensorId, dtype: torch.dtype, rule: Rule, which: str = "which is") -> None:
+    if rule.rounding is Rounding.STOCHASTIC and dtype is torch.float16:
         raise ValueError(
-            f"rounding='stochastic' is not available for {id}, which is float16: its subnormals "
+            f"rounding='stochastic' is not available for {id}, {which} float16: its subnormals "
             "have no fixed number of spare bits. Use rounding='kahan' or 'nearest', or bfloat16 "
             "parameters"
         )

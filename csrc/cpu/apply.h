@@ -3,7 +3,7 @@
 #ifndef FUSED_ADAFACTOR_CPU_APPLY_H
 #define FUSED_ADAFACTOR_CPU_APPLY_H
 
-#include "rounding.h"
+#include "mirror.h"
 #include "statistics.h"
 
 namespace fused_adafactor {
@@ -29,10 +29,11 @@ void write_param(const Tensor& t, const Rule& r, const M* value, int64_t k, int6
   } else if (rounds_stochastically(t, r)) {
     float* single = reinterpret_cast<float*>(spare);
     for (int64_t i = 0; i < n; ++i) single[i] = float(value[i]);
-    write_stochastic(t, r, single, k, n);
+    write_stochastic(t, r, t.strides, single, t.param, k, n);
   } else {
     write(t, t.strides, value, t.param, t.param_dtype, k, n);
   }
+  if (t.mirror != nullptr) write_mirror(t, r, k, n, mirrors_stochastically(t, r));
 }
 
 // avg = momentum avg + (1 - momentum) p of one chunk; p takes its value where that is due.
@@ -46,6 +47,7 @@ void average_chunk(Tensor& t, const Rule& r, int64_t k, int64_t n, Chunk<M>& c) 
   write(t, t.state_strides, value, t.average, t.math_dtype, k, n);
   if (!r.overwrite_with_average) return;
   write(t, t.strides, value, t.param, t.param_dtype, k, n);
+  if (t.mirror != nullptr) write_mirror(t, r, k, n, false);
   if (t.compensation != nullptr) {  // it belongs to the value that was overwritten
     zero(c.buffer[11], n);
     write(t, t.state_strides, c.buffer[11], t.compensation, t.param_dtype, k, n);
@@ -67,18 +69,26 @@ inline bool applies_plainly(const Tensor& t, const Rule& r) {
 inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, double clip) {
   const float most = most_root<float>(r), scale = scale_of_grad(t), decay = float(decay_of(t, r));
   const float step = float(t.alpha) * (1.0f / float(clip));
-  const bool stochastic = rounds_stochastically(t, r);
+  const bool stochastic = rounds_stochastically(t, r), mirrors = mirrors_stochastically(t, r);
   float value[kChunk], root[kChunk];
   by_dtypes(t, [&](auto* param, auto* grad) {
     // Elements k .. k + n with the factors that belong to them.
     const auto apply_run = [&](int64_t k, int64_t n, const float* factor, float of_line) {
       auto* p = param + offset_of(t, t.strides, k);
       const auto* g = grad + (p - param);
-      if (!stochastic) return apply_line(p, p, g, factor, of_line, most, scale, decay, step, n);
+      if (!stochastic && t.mirror == nullptr) return apply_line(p, p, g, factor, of_line, most, scale, decay, step, n);
       for (int64_t j = 0; j < n; j += kChunk) {
         const int64_t part = least(kChunk, n - j);
-        apply_line(value, p + j, g + j, factor + j, of_line, most, scale, decay, step, part);
-        write_stochastic(t, r, value, k + j, part);
+        const auto apply_to = [&](auto* to) {
+          apply_line(to, p + j, g + j, factor + j, of_line, most, scale, decay, step, part);
+        };
+        if (stochastic) {
+          apply_to(value);
+          write_stochastic(t, r, t.strides, value, t.param, k + j, part);
+        } else {
+          apply_to(p + j);
+        }
+        if (t.mirror != nullptr) write_mirror(t, r, k + j, part, mirrors);
       }
     };
     if (one_line_at_a_time(t)) {
@@ -97,16 +107,24 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
 inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, double clip) {
   const float decay = float(decay_of(t, r)), step = float(t.alpha) * (1.0f / float(clip));
   const VectorRule rule = vector_rule(t, r);
+  const bool stochastic = rounds_stochastically(t, r), mirrors = mirrors_stochastically(t, r);
   float value[kChunk];
   by_dtypes(t, [&](auto* param, auto* grad) {
     const auto apply_to = [&](auto* to, int64_t k, int64_t n) {
       apply_vector(to, param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, n);
     };
-    if (!rounds_stochastically(t, r)) return apply_to(param + elements.begin, elements.begin, elements.end - elements.begin);
+    if (!stochastic && t.mirror == nullptr) {
+      return apply_to(param + elements.begin, elements.begin, elements.end - elements.begin);
+    }
     for (int64_t k = elements.begin; k < elements.end; k += kChunk) {
       const int64_t n = least(kChunk, elements.end - k);
-      apply_to(value, k, n);
-      write_stochastic(t, r, value, k, n);
+      if (stochastic) {
+        apply_to(value, k, n);
+        write_stochastic(t, r, t.strides, value, t.param, k, n);
+      } else {
+        apply_to(param + k, k, n);
+      }
+      if (t.mirror != nullptr) write_mirror(t, r, k, n, mirrors);
     }
   });
 }

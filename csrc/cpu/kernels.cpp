@@ -28,11 +28,16 @@ void update_rms(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuf
 void measure(Tensor& t, const Rule& r, void* scratch) { FA_BY_MATH(t, measure_in, t, r, scratch); }
 void apply(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& b) {
   FA_BY_MATH(t, apply_in, t, r, slab, scratch, b);
+  if (t.mirror != nullptr) publish_streamed();
 }
 void accumulate(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) {
   FA_BY_MATH(t, accumulate_in, t, r, slab, b);
+  if (t.mirror != nullptr) publish_streamed();
 }
-void average(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) { FA_BY_MATH(t, average_in, t, r, slab, b); }
+void average(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) {
+  FA_BY_MATH(t, average_in, t, r, slab, b);
+  if (t.mirror != nullptr) publish_streamed();
+}
 
 }  // namespace
 

@@ -90,16 +90,17 @@ void round_moments(const Tensor& t, const Rule& r, Stream stream, int64_t first,
   }
 }
 
-// p rounded to bfloat16 with random bits keyed by the element's row-major index in the parameter; n <= kChunk.
-inline void write_stochastic(const Tensor& t, const Rule& r, const float* value, int64_t k, int64_t n) {
+// Numbers rounded to bfloat16 with random bits keyed by the element's row-major index in the parameter; n <= kChunk.
+inline void write_stochastic(const Tensor& t, const Rule& r, const int64_t* strides, const float* value, void* bfloat16,
+                             int64_t k, int64_t n) {
   RandomBits bits;
-  uint16_t* param = static_cast<uint16_t*>(t.param);
-  const int64_t stride = stride_of_runs(t, t.strides), logical_stride = stride_of_runs(t, t.logical);
+  uint16_t* all = static_cast<uint16_t*>(bfloat16);
+  const int64_t stride = stride_of_runs(t, strides), logical_stride = stride_of_runs(t, t.logical);
   for (int64_t i = 0; i < n;) {
-    const Run to = run_at(t, t.strides, k + i), run = run_at(t, t.logical, k + i);
+    const Run to = run_at(t, strides, k + i), run = run_at(t, t.logical, k + i);
     const int64_t count = logical_stride == 1 ? least(run.count, n - i) : 1;
     const uint16_t* random = bits.of(t, r, kParamStream, uint64_t(run.offset), count);
-    uint16_t* out = param + to.offset;
+    uint16_t* out = all + to.offset;
     if (stride == 1) {
       for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16_stochastic(value[i + j], random[j]);
     } else {

@@ -75,20 +75,26 @@ inline Floats load(const uint16_t* bfloat16) {
   return Floats(widened(halves) << 16);
 }
 
-// to_bfloat16, on a vector.
-inline void store(uint16_t* to, Floats value) {
+using fused_adafactor::to_bfloat16;
+
+inline Halves to_bfloat16(Floats value) {
 #if defined(__AVX512BF16__)
   // Flushes what is below the normal numbers, so those go the long way.
   if (_mm512_fpclass_ps_mask(__m512(value), 0x20) == 0) {
-    const __m256bh halves = _mm512_cvtneps_pbh(__m512(value));
-    memcpy(to, &halves, sizeof halves);
-    return;
+    const __m256bh rounded = _mm512_cvtneps_pbh(__m512(value));
+    Halves halves;
+    memcpy(&halves, &rounded, sizeof halves);
+    return halves;
   }
 #endif
   const Words bits = Words(value);
   const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Words nan = Words((bits & 0x7FFFFFFFu) > 0x7F800000u);
-  const Halves halves = narrowed((nan & 0x7FC0u) | (~nan & rounded));
+  return narrowed((nan & 0x7FC0u) | (~nan & rounded));
+}
+
+inline void store(uint16_t* to, Floats value) {
+  const Halves halves = to_bfloat16(value);
   memcpy(to, &halves, sizeof halves);
 }
 

@@ -32,7 +32,7 @@ from fused_adafactor.rule import (
 from fused_adafactor.slabs import CPU_CUT, Form, Geometry, ItemKind, geometry_of, is_whole, items_of
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
@@ -76,10 +76,12 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("ndim", "form", "swapped", "skip")),
         *((name, ctypes.c_int32) for name in ("param_dtype", "grad_dtype", "moment_dtype")),
         *((name, ctypes.c_int32) for name in ("exp_avg_dtype", "math_dtype", "param_index")),
+        *((name, ctypes.c_int32) for name in ("mirror_dtype", "pad")),
         *((name, ctypes.c_double) for name in ("grad_scale", "grad_factor")),
         *((name, ctypes.c_void_p) for name in ("param", "grad", "line_var", "cross_var", "var")),
         *((name, ctypes.c_void_p) for name in ("var_max", "exp_avg", "exp_avg_scale")),
         *((name, ctypes.c_void_p) for name in ("compensation", "average", "accumulator")),
+        ("mirror", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
         *((name, ctypes.c_int64) for name in ("scratch", "after")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
@@ -388,6 +390,7 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.moment_dtype = _DTYPES[b.rule.moment_dtype(spec.param_dtype)]
     record.exp_avg_dtype = _DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
     record.param_index = spec.id.index
+    record.mirror_dtype = _DTYPES[spec.mirror_dtype or spec.param_dtype]
     record.slabs, record.lines_per_slab = geometry.slabs, geometry.lines_per_slab
     record.measures = b.rule.clip_threshold is not None
     record.measures_param_rms = b.rule.measures_param_rms

@@ -262,10 +262,9 @@ def average(b: _Work) -> None:
     _write(b, b.average, momentum * _read(b, b.average) + (1 - momentum) * param)
     if rule.overwrite_every is not None:
         due = t % rule.overwrite_every == 0
-        if isinstance(due, Tensor):
-            _write(b, b.param, torch.where(due, b.average, b.param))
-        elif due:
-            _write(b, b.param, b.average)
+        _write_if(b, due, b.param, b.average)
+        if b.mirror is not None:
+            _write_if(b, due, b.mirror, round_nearest(_read(b, b.param), b.mirror.dtype))
         if b.compensation is not None:  # it belongs to the parameter that was overwritten
             _write(b, b.compensation, b.compensation * (1.0 - due * 1.0))
 
@@ -512,6 +511,15 @@ def _write(b: _Work, target: Tensor, value: Tensor) -> None:
     target.copy_(value if b.skip is None else torch.where(b.skip, target, value))
 
 
+def _write_if(b: _Work, due: bool | Tensor, target: Tensor, value: Tensor) -> None:
+    """Store a value where it is due, which may be known on a device only."""
+    if isinstance(due, Tensor):
+        value = torch.where(due, value, target)
+    elif not due:
+        return
+    _write(b, target, value)
+
+
 def _write_moments(b: _Work, exp_avg: Tensor) -> None:
     partials = _partials(b)
     view = b.planned.spec.view
@@ -545,6 +553,13 @@ def _write_param(b: _Work, delta: Tensor) -> None:
     else:
         rounded = round_nearest(value, spec.param_dtype)
     _write(b, b.param, rounded)
+    if b.mirror is not None:
+        stored, dtype = _read(b, b.param), b.mirror.dtype
+        if b.rule.rounding is Rounding.STOCHASTIC:
+            mirrored = round_stochastic(stored, dtype, b.rounding_key(Stream.PARAM))
+        else:
+            mirrored = round_nearest(stored, dtype)
+        _write(b, b.mirror, mirrored)
 
 
 def _elements(spec: TensorSpec, device: torch.device, without: int | None = None) -> Tensor | None:

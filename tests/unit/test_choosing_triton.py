@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fused_adafactor import backends
+from fused_adafactor import Adafactor, backends
 from fused_adafactor.backends import triton as backend
+from fused_adafactor.spec import TensorId, spec_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_TRITON = "triton is not installed"
@@ -118,3 +119,15 @@ def test_the_interpreter_steps_tensors_of_a_cpu_only(
         backends.choose("triton", CUDA)
     machine(triton=False, gpu=False)
     assert backends.choose("auto", CPU).backend != "triton"
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mirror_is_refused_with_the_reason(mirrored: bool) -> None:
+    """What it steps is on the device already; nothing of that is written to the host."""
+    param = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = Adafactor([param])
+    rule = optimizer._rule(optimizer.param_groups[0])
+    mirror = torch.ones(4, 6) if mirrored else None
+    found = backend.obstacle(spec_of(TensorId(0, 0, None), param, param, rule, mirror=mirror))
+    assert (found is not None) == mirrored
+    assert found is None or "mirror" in found

@@ -20,6 +20,7 @@ from fused_adafactor.rounding import (
     Rounding,
     RoundingKey,
     Stream,
+    is_rounding_of,
     philox_4x32,
     random_bits,
     random_bits_range,
@@ -557,3 +558,42 @@ class TestRoundKahan:
         assert (kahan.double() - exact).abs().max() <= bound + 2**-8
         # The worst case supposes that all errors point one way; it must still tell the two apart.
         assert bound < (exact - 1).max() / 10
+
+
+# --- telling whether something was rounded from something ----------------------------------------
+
+
+def _awkward_values() -> torch.Tensor:
+    """Ties, neighbours of them, subnormals, exact values, of both signs."""
+    bits = torch.arange(0, 2**17, 97, dtype=torch.int32)
+    starts = (0, 0x00800000 - 2**16, 0x3F800000 - 2**16, 0x7F7E0000)
+    values = torch.cat([(bits + start).view(torch.float32) for start in starts])
+    return torch.cat([values, -values])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_was_rounded_to_nearest_is_recognised(dtype: torch.dtype) -> None:
+    values = _awkward_values()
+    rounded = round_nearest(values, dtype)
+    for rounding in Rounding:
+        assert is_rounding_of(rounded, values, rounding).all()
+    wrong = torch.where(rounded == 0, 1.0, rounded * 4).to(dtype)
+    changed = wrong.isfinite() & (wrong != rounded)  # Inf is next to the largest number
+    for rounding in Rounding:
+        assert not is_rounding_of(wrong, values, rounding)[changed].any()
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_what_was_rounded_at_random_is_recognised_and_nothing_further(wide: torch.dtype) -> None:
+    values = _awkward_values().to(wide)
+    for step in range(20):
+        rounded = round_stochastic(values, torch.bfloat16, RoundingKey(1, 0, step))
+        assert is_rounding_of(rounded, values, Rounding.STOCHASTIC).all()
+    raw = values.to(torch.float32).view(torch.int32)
+    for distance in range(-2, 4):
+        other = ((raw >> 16) + distance).to(torch.int16).view(torch.bfloat16)
+        wanted = (distance == 0) | ((distance == 1) & ((raw & 0xFFFF) != 0))
+        # Below zero is a number of the other sign, and NaN is above Inf.
+        sane = (other.sign() == values.sign()) & ~other.isnan() & (values != 0)
+        found = is_rounding_of(other, values, Rounding.STOCHASTIC)
+        assert torch.equal(found[sane], wanted[sane]), distance

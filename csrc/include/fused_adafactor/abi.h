@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
@@ -83,6 +83,7 @@ struct Tensor {
   int32_t param_dtype, grad_dtype, moment_dtype, exp_avg_dtype;
   int32_t math_dtype;         // kFloat32 or kFloat64
   int32_t param_index;
+  int32_t mirror_dtype, pad;
   double grad_scale;          // the raw gradient is multiplied by it when it is read
   double grad_factor;         // of the call: clipping by a norm, known after the statistics; 1 if there is none
   void* param;
@@ -96,6 +97,7 @@ struct Tensor {
   void* compensation;
   void* average;
   void* accumulator;          // math dtype
+  void* mirror;               // of mirror_dtype, in the state's layout; written with the parameter and never read
   int64_t rule;               // index into the rules
   int64_t slabs, lines_per_slab;
   int64_t scratch;            // offset of its sums in the scratch, in bytes

@@ -81,6 +81,8 @@ def obstacle(spec: TensorSpec) -> str | None:
     dims = len(geometry_of(spec, GPU_CUT).sizes)
     if dims > _MAX_DIMS:
         return f"has {dims} dimensions that cannot be merged, more than {_MAX_DIMS}"
+    if spec.mirror_dtype is not None:
+        return "has a mirror, which only the steps of a CPU write"
     return None
 
 
