@@ -28,10 +28,9 @@ from fused_adafactor.plan import (
     Phase,
     Plan,
     PlannedTensor,
-    describe,
     make_plan,
 )
-from fused_adafactor.rule import Rule, StepCount
+from fused_adafactor.rule import StepCount
 from fused_adafactor.schedule import Number
 from fused_adafactor.sharding import Processes
 from fused_adafactor.spec import TensorId, TensorSpec, has_memory
@@ -204,10 +203,6 @@ class Engine:
         for spec in specs:
             by_facts.setdefault(self.facts(spec), []).append(spec)
         return [self._cached(tuple(members), facts, joined) for facts, members in by_facts.items()]
-
-    def explain(self, specs: Sequence[TensorSpec], rules: Sequence[Rule]) -> str:
-        """The plan of an update of these tensors, as a table."""
-        return "\n\n".join(describe(plan) for plan in self.plan(specs, joins(rules)))
 
     def run(
         self,

@@ -20,8 +20,10 @@ from fused_adafactor.compiling import uncompiled
 from fused_adafactor.counting import counter
 from fused_adafactor.engine import Engine
 from fused_adafactor.in_backward import BackwardStep
+from fused_adafactor.joining import joins
 from fused_adafactor.metrics import Metrics
 from fused_adafactor.partial import PartialOptimizer
+from fused_adafactor.plan import Plan, describe
 from fused_adafactor.rule import StepCount
 from fused_adafactor.sharding import described
 
@@ -320,9 +322,19 @@ class AdafactorBase(PartialOptimizer):
         Raises:
             RuntimeError: The backend asked for cannot run; the same as ``step()`` would raise.
         """
+        return "\n\n".join(map(describe, self.plans()))
+
+    def plans(self) -> list[Plan]:
+        """What a step would execute, as data: one plan for each backend.
+
+        A parameter without a gradient stands for one.
+
+        Raises:
+            RuntimeError: As ``explain``.
+        """
         rules = self._rules(range(len(self.param_groups)))
         specs = []
         for _, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)
             specs.append(described(id, param, rule, self._mirrors.get(param)))
-        return self._engine.explain(specs, list(rules.values()))
+        return self._engine.plan(specs, joins(list(rules.values())))

@@ -20,13 +20,26 @@ import torch
 from fused_adafactor import Adafactor, backends
 from fused_adafactor.cli.bench.cases import CASES, GPU_CASES, Case, choose, names
 from fused_adafactor.cli.bench.device_time import measure_device
+from fused_adafactor.cli.bench.features import (
+    FEATURES,
+    FeatureRecord,
+    FeaturesRecord,
+    empty_features_record,
+    measure_features,
+)
 from fused_adafactor.cli.bench.measure import time_case
 from fused_adafactor.cli.bench.memory import measure_memory
 from fused_adafactor.cli.bench.parity import Parity, check_parity
 from fused_adafactor.cli.bench.peers import OURS, TORCH_PATHS, Candidate, candidates
 from fused_adafactor.cli.bench.plot import save_plots
 from fused_adafactor.cli.bench.record import CaseRecord, Record, case_record, empty_record, read
-from fused_adafactor.cli.bench.tables import as_text, split_readme, write_readme
+from fused_adafactor.cli.bench.tables import (
+    as_text,
+    features_as_text,
+    markers,
+    split_readme,
+    write_readme,
+)
 from fused_adafactor.cli.progress import ProgressBar
 
 _SECONDS = 2.5  # of rounds, per case and dtype
@@ -56,6 +69,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="host and device time apart and steps in a CUDA graph too, and ours with other "
         "arguments: without the parameter's scale, with clipping by the norm",
+    )
+    measuring.add_argument(
+        "--features",
+        action="store_true",
+        help="what each feature adds to a bare step, in place of peers: in 4096x4096 unless --case",
     )
     measuring.add_argument(
         "--within",
@@ -98,6 +116,10 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         Exit status: 0, or 1 if a parity check failed or what was asked for cannot be done.
     """
+    if args.features and (args.source or args.full or args.compile or args.detail or args.plot):
+        args.refuse(
+            "--features measures ours alone: --case, --seconds, --json and --readme go with it"
+        )
     if args.source is not None and (args.case or args.full or args.compile or args.json):
         args.refuse("--from measures nothing: leave out --case, --full, --compile and --json")
     try:
@@ -110,6 +132,11 @@ def run(args: argparse.Namespace) -> int:
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    if args.features:
+        features = _measure_features(args)
+        print(features_as_text(features))
+        _put_out(args, features)
+        return 0 if all(feature.parity.passed for feature in features.features) else 1
     record = _measure(args) if source is None else source
     print(as_text(record))
     _put_out(args, record)
@@ -126,21 +153,37 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise RuntimeError("matplotlib is not installed; pip install 'fused-adafactor[plot]'")
         args.plot.mkdir(parents=True, exist_ok=True)
     if args.readme is not None:
-        split_readme(args.readme)
+        split_readme(args.readme, *markers(args.features))
 
 
-def _put_out(args: argparse.Namespace, record: Record) -> None:
+def _put_out(args: argparse.Namespace, record: Record | FeaturesRecord) -> None:
     written = []
     if args.json is not None:
         record.write(args.json)
         written.append(args.json)
-    if args.plot is not None:
+    if args.plot is not None and isinstance(record, Record):
         written += save_plots(record, args.plot)
     if args.readme is not None:
         write_readme(args.readme, record)
         written.append(args.readme)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
+
+
+def _measure_features(args: argparse.Namespace) -> FeaturesRecord:
+    device = torch.device(args.device)
+    record = empty_features_record(device, args.backend)
+    chosen = choose((*GPU_CASES, *CASES), args.case or ["4096x4096"], full=False)
+    pairs = [(case, dtype) for case in chosen for dtype in case.dtypes]
+    found: list[FeatureRecord] = []
+    with ProgressBar(len(pairs) * _TICKS, "measuring") as progress:
+        for case, dtype in pairs:
+            note = f"{case.name} {str(dtype).removeprefix('torch.')}"
+            seconds = args.seconds * len(FEATURES) / 4
+            found += measure_features(case, dtype, device, args.backend, seconds)
+            for _ in range(_TICKS):
+                progress.advance(note)
+    return replace(record, features=found)
 
 
 def _measure(args: argparse.Namespace) -> Record:

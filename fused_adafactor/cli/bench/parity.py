@@ -87,12 +87,13 @@ def check_parity(
             oracle.step()
             twin.grad = None
             got = param.detach().to(home, torch.float64)
-            checks.append(_compare(got, twin.detach(), before, dtype))
+            checks.append(compare(got, twin.detach(), before, dtype))
             twin.data.copy_(param.detach())
     return max(checks, key=lambda check: check.share)
 
 
-def _compare(got: Tensor, wanted: Tensor, before: Tensor, dtype: torch.dtype) -> Parity:
+def compare(got: Tensor, wanted: Tensor, before: Tensor, dtype: torch.dtype) -> Parity:
+    """How far an update is from the true one, where the new parameter was rounded to a dtype."""
     update = wanted - before
     size = float(update.norm())
     rounding = wanted.abs().mul_(torch.finfo(dtype).eps / 2)

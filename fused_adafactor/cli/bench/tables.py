@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fused_adafactor.cli.bench.features import FeaturesRecord, feature_rows
 from fused_adafactor.cli.bench.peers import OURS
 from fused_adafactor.cli.bench.record import (
     OVER_ADAMW,
@@ -15,6 +16,7 @@ from fused_adafactor.cli.bench.record import (
 )
 
 README_BEGIN, README_END = "<!-- bench:begin -->", "<!-- bench:end -->"
+FEATURES_BEGIN, FEATURES_END = "<!-- features:begin -->", "<!-- features:end -->"
 _RATIOS = (OVER_TORCH, OVER_ADAMW, OVER_FLOOR)
 
 
@@ -93,18 +95,19 @@ def _ms(time: float | None) -> str:
     return "-" if time is None else f"{time:.4f}"
 
 
-def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as they must be; a row that is shorter ends in free text."""
+def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> list[str]:
+    """Columns as wide as they must be, the first of them words; a shorter row ends in free text."""
     whole = [heads, *(row for row in rows if len(row) == len(heads))]
     widths = [max(len(row[n]) for row in whole) for n in range(len(heads))]
     for row in rows:
-        widths[:2] = [max(width, len(cell)) for width, cell in zip(widths, row[:2], strict=False)]
+        mine = zip(widths, row[:words], strict=False)
+        widths[:words] = [max(width, len(cell)) for width, cell in mine]
 
     def line(row: Sequence[str]) -> str:
-        cells = [f"{cell:<{w}}" for cell, w in zip(row[:2], widths, strict=False)]
+        cells = [f"{cell:<{w}}" for cell, w in zip(row[:words], widths, strict=False)]
         if len(row) < len(heads):
-            return "  ".join([*cells, *row[2:]])
-        cells += [f"{cell:>{w}}" for cell, w in zip(row[2:], widths[2:], strict=True)]
+            return "  ".join([*cells, *row[words:]])
+        cells += [f"{cell:>{w}}" for cell, w in zip(row[words:], widths[words:], strict=True)]
         return "  ".join(cells).rstrip()
 
     return [line(heads), *(line(row) for row in rows)]
@@ -162,19 +165,59 @@ def _three_digits(ms: float) -> str:
     return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f}"
 
 
-def write_readme(path: Path, record: Record) -> None:
-    """Put the table between the markers of a file, and change nothing else.
+def features_as_text(record: FeaturesRecord) -> str:
+    """What features cost, for a person at a terminal."""
+    heads = ("case", "dtype", "feature", "ms", "cost", "by bytes")
+    return "\n".join(
+        [
+            *_aligned(heads, feature_rows(record.features), words=3),
+            "",
+            f"{_where(record.run)}; medians of interleaved rounds.",
+            "cost: of a call of step() over the bare one's, in which by bytes: what the model of",
+            "traffic says. enable_backward_step() is compared with backward() and step().",
+        ]
+    )
+
+
+def features_as_markdown(record: FeaturesRecord) -> str:
+    """The same for the README: a column of costs for each dtype."""
+    dtypes = list(dict.fromkeys(f.dtype for f in record.features))
+    cells = {(name, dtype): row for _, dtype, name, *row in feature_rows(record.features)}
+    names = list(dict.fromkeys(name for name, _ in cells))
+    heads = ["Feature", *(h for d in dtypes for h in (f"{d}: cost", "by bytes"))]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    for name in names:
+        row = [cells.get((name, dtype), ("", "–", "–")) for dtype in dtypes]
+        costs = [cell for ms, cost, model in row for cell in (cost or f"{ms} ms", model)]
+        lines.append(f"| `{name}` | " + " | ".join(costs) + " |")
+    run = record.run
+    commit = "" if run.commit is None else f", commit {run.commit[:10]}"
+    changed = ", with uncommitted changes" if run.dirty else ""
+    (case, *_) = dict.fromkeys(f.case for f in record.features)
+    return "\n".join([*lines, "", f"{case}; {_where(run)}, {run.date} UTC{commit}{changed}."])
+
+
+def write_readme(path: Path, record: Record | FeaturesRecord) -> None:
+    """Put the table between its markers in a file, and change nothing else.
 
     Raises:
         OSError: It cannot be read or written.
         ValueError: It has not each marker once, in order.
     """
-    before, after = split_readme(path)
-    text = f"{before}{README_BEGIN}\n\n{as_markdown(record)}\n\n{README_END}{after}"
-    path.write_bytes(text.encode())
+    begin, end = markers(isinstance(record, FeaturesRecord))
+    before, after = split_readme(path, begin, end)
+    table = (
+        features_as_markdown(record) if isinstance(record, FeaturesRecord) else as_markdown(record)
+    )
+    path.write_bytes(f"{before}{begin}\n\n{table}\n\n{end}{after}".encode())
 
 
-def split_readme(path: Path) -> tuple[str, str]:
+def markers(of_features: bool) -> tuple[str, str]:
+    """Between which a table stands: that of features, or that of cases."""
+    return (FEATURES_BEGIN, FEATURES_END) if of_features else (README_BEGIN, README_END)
+
+
+def split_readme(path: Path, begin: str = README_BEGIN, end: str = README_END) -> tuple[str, str]:
     """What stands before the first marker and behind the second.
 
     Raises:
@@ -182,8 +225,8 @@ def split_readme(path: Path) -> tuple[str, str]:
         ValueError: It has not each marker once, in order.
     """
     text = path.read_bytes().decode()  # line ends as they are
-    before, begin, rest = text.partition(README_BEGIN)
-    _, end, after = rest.partition(README_END)
-    if not begin or not end or README_BEGIN in rest or README_END in before + after:
-        raise ValueError(f"{path} must have {README_BEGIN} and behind it {README_END}, once each")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in rest or end in before + after:
+        raise ValueError(f"{path} must have {begin} and behind it {end}, once each")
     return before, after
