@@ -159,6 +159,8 @@ class FeatureRecord:
         cost: Of its median over that of ``over``, less one.
         bytes: That a call moves, by the model; None where it does not say.
         bytes_cost: The same by the model.
+        peak_grads: Bytes of gradients that were there together at the worst moment of a backward
+            pass, over those of all gradients; None where there is no backward pass.
     """
 
     case: str
@@ -170,6 +172,7 @@ class FeatureRecord:
     cost: float | None
     bytes: float | None
     bytes_cost: float | None
+    peak_grads: float | None
 
 
 def measure_features(
@@ -214,6 +217,7 @@ def measure_features(
                 cost=None if time is None or base is None else time.median_ms / base.median_ms - 1,
                 bytes=mine,
                 bytes_cost=None if mine is None or others is None else mine / others - 1,
+                peak_grads=_peak_grads(f, case, dtype, device, backend),
             )
         )
     return records
@@ -262,6 +266,26 @@ def _bytes_moved(
     return (of_update + (feature.calls - 1) * (gradients + sums)) / feature.calls
 
 
+def _peak_grads(
+    feature: Feature, case: Case, dtype: torch.dtype, device: torch.device, backend: str
+) -> float | None:
+    """Looked at whenever a gradient arrives, before anything steps it."""
+    if feature.drive not in (_backward, _in_backward):
+        return None
+    params = _with_grads(case, dtype, device)
+    peak = 0
+
+    def look(param: Tensor) -> None:
+        nonlocal peak
+        peak = max(peak, sum(p.grad.nbytes for p in params if p.grad is not None))
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(look)  # type: ignore[no-untyped-call]
+    step = feature.drive(feature.make(params, backend), params)
+    step()
+    return peak / sum(param.nbytes for param in params)
+
+
 def _of_a_call(time: StepTime, calls: int) -> StepTime:
     return replace(
         time,
@@ -305,6 +329,15 @@ def feature_rows(features: Sequence[FeatureRecord]) -> list[tuple[str, ...]]:
             _percent(f.bytes_cost) if f.feature != f.over else "",
         )
         for f in features
+    ]
+
+
+def peak_lines(features: Sequence[FeatureRecord]) -> list[str]:
+    """How much of the gradients is in memory together, where there is a backward pass."""
+    return [
+        f"gradients together in memory, {f.case} {f.dtype}: {f.feature} {f.peak_grads:.0%}"
+        for f in features
+        if f.peak_grads is not None
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fused_adafactor.cli.bench.features import FeaturesRecord, feature_rows
+from fused_adafactor.cli.bench.features import FeaturesRecord, feature_rows, peak_lines
 from fused_adafactor.cli.bench.peers import OURS
 from fused_adafactor.cli.bench.record import (
     OVER_ADAMW,
@@ -172,6 +172,7 @@ def features_as_text(record: FeaturesRecord) -> str:
         [
             *_aligned(heads, feature_rows(record.features), words=3),
             "",
+            *peak_lines(record.features),
             f"{_where(record.run)}; medians of interleaved rounds.",
             "cost: of a call of step() over the bare one's, in which by bytes: what the model of",
             "traffic says. enable_backward_step() is compared with backward() and step().",
