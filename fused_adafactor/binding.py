@@ -126,7 +126,8 @@ class Exchange:
 
     Attributes:
         grads: Gradients, never written; none where only averages move.
-        skip: Vector of bool: nothing may be written; None if that cannot be.
+        skip: Vector of bool: nothing may be written; None if that cannot be. ``FINALIZE`` adds the
+            tensors whose rule skips what is not finite, and whose Σ g² is not.
         grad_factor: Vector: what clipping by a norm multiplies the gradients by. Set between
             ``STATS`` and ``FINALIZE``; None where nothing is clipped by a norm.
         grad_sq: Vector: Σ g² before any clipping. Set by ``STATS`` where it runs without the rest.

@@ -45,7 +45,7 @@ class Members:
 
 def joins(rules: Sequence[Rule]) -> bool:
     """Whether something must be known of the tensors between the sums and the factors."""
-    return any(rule.nonfinite is Nonfinite.SKIP or _clips_by_norm(rule) for rule in rules)
+    return any(_skips_together(rule) or _clips_by_norm(rule) for rule in rules)
 
 
 def initial_skip(members: Members, found_inf: Tensor | None) -> Tensor | None:
@@ -53,7 +53,7 @@ def initial_skip(members: Members, found_inf: Tensor | None) -> Tensor | None:
     size = (len(members.cohorts),)
     if found_inf is not None:
         found = found_inf.to(members.device, non_blocking=True).reshape(()).bool()
-        return found.expand(size).contiguous()
+        return found.repeat(size)  # a copy: what is skipped may grow
     if members.skips:
         return torch.zeros(size, dtype=torch.bool, device=members.device)
     return None
@@ -132,6 +132,11 @@ class Counters:
 
 def _clips_by_norm(rule: Rule) -> bool:
     return rule.grad_clip is not None and rule.grad_clip.kind is not GradClipKind.VALUE
+
+
+def _skips_together(rule: Rule) -> bool:
+    """Whether others are skipped with a tensor; otherwise ``FINALIZE`` skips it by itself."""
+    return rule.nonfinite is Nonfinite.SKIP and rule.step_count is StepCount.GLOBAL
 
 
 def _norm_sq(rule: Rule, grad_sq: Tensor, total: Tensor) -> Tensor:

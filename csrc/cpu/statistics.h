@@ -99,6 +99,7 @@ void finalize_in(Tensor& t, const Rule& r, void* scratch) {
   }
   if (r.norm_clipped) sums[2] = 0;  // what was summed was not clipped yet
   t.grad_sq = sums[0];
+  if (r.skips && !is_finite(M(t.grad_sq))) t.skip = 1;
   set_alpha(t, r, sums[1]);
   if (t.form == kFactored) {
     for (int64_t number = 0; number < t.batch; ++number) {

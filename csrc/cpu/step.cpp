@@ -116,7 +116,7 @@ extern "C" int32_t fused_adafactor_set_isa(int32_t isa) {
 }
 
 extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor* tensors, int64_t tensor_count,
-                                       const void* const* grads, const double* grad_factors, const uint8_t* skips,
+                                       const void* const* grads, const double* grad_factors, uint8_t* skips,
                                        const Rule* rules, void* scratch, int32_t threads, Outcome* outcomes) {
   const Kernels& kernels = *kBuilds[chosen_isa];
   for (int64_t i = 0; i < tensor_count; ++i) {
@@ -195,6 +195,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
       }
     }
   }
+  for (int64_t i = 0; skips != nullptr && i < tensor_count; ++i) skips[i] = tensors[i].skip;
   for (int64_t i = 0; outcomes != nullptr && i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
     outcomes[i] = {only_sums ? grad_sq_of(t, scratch) : t.grad_sq, t.param_rms, t.alpha, t.update_rms};

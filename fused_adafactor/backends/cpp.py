@@ -26,6 +26,7 @@ from fused_adafactor.rule import (
     Eps1Rule,
     GradClipKind,
     MomentumSite,
+    Nonfinite,
     Rule,
     Scalars,
 )
@@ -63,7 +64,7 @@ class _Rule(ctypes.Structure):
         ("step", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("eps1_rule", "momentum", "decay_factor")),
         *((name, ctypes.c_int32) for name in ("decay_before_rms", "amsgrad", "sums", "rounding")),
-        *((name, ctypes.c_int32) for name in ("overwrite_with_average", "norm_clipped", "pad")),
+        *((name, ctypes.c_int32) for name in ("overwrite_with_average", "norm_clipped", "skips")),
     ]
 
 
@@ -407,6 +408,7 @@ def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
             record.clip_value = clip.threshold
         else:
             record.norm_clipped = 1
+    record.skips = rule.nonfinite is Nonfinite.SKIP
     if average is not None:
         t = float(scalars.t)
         record.average_momentum = float(average.momentum_at(t))

@@ -27,7 +27,7 @@ from fused_adafactor.rounding import (
     round_nearest,
     round_stochastic,
 )
-from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite
+from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind, MomentumSite, Nonfinite
 from fused_adafactor.schedule import Number
 from fused_adafactor.spec import TensorSpec
 
@@ -89,6 +89,8 @@ class _Executor:
             exchange.grad_sq = torch.stack([b.grad_sq for b in work if b.grad_sq is not None])
             for b, grad_sq in zip(work, exchange.grad_sq, strict=True):
                 b.grad_sq = grad_sq
+        if Phase.FINALIZE in phases:
+            exchange.skip = _skips(work)
         if Phase.APPLY not in phases:
             exchange.sums = [_sums(b, phases) for b in work]
             return
@@ -122,6 +124,14 @@ class _Executor:
         grads: Sequence[Tensor | None] = exchange.grads or [None] * len(self.bindings)
         pairs = zip(self.bindings, grads, strict=True)
         return [_Work(**vars(binding), grad=grad) for binding, grad in pairs]
+
+
+def _skips(work: Sequence[_Work]) -> Tensor | None:
+    """What is skipped, of all tensors; None if that cannot be."""
+    if all(b.skip is None for b in work):
+        return None
+    never = torch.zeros((), dtype=torch.bool, device=work[0].param.device)
+    return torch.stack([never if b.skip is None else b.skip for b in work])
 
 
 def _sums(b: _Work, phases: Sequence[Phase]) -> list[PartialSum]:
@@ -204,8 +214,14 @@ def stats(b: _Work) -> None:
 
 
 def finalize(b: _Work) -> None:
-    """New row and column second moments, the step size, and Σu² where the first sweep gave it."""
+    """New row and column second moments, the step size, and Σu² where the first sweep gave it.
+
+    Also whether the tensor is skipped, as its gradient is not finite.
+    """
     partials = _partials(b)
+    if b.rule.nonfinite is Nonfinite.SKIP and b.grad_sq is not None:
+        broken = ~b.grad_sq.isfinite()
+        b.skip = broken if b.skip is None else b.skip | broken
     _set_factors(b)
     if partials.col_weighted is not None:
         # The two-sweep identity: v_ij = row_var_i col_var_j / norm, so that

@@ -60,7 +60,7 @@ struct Rule {
   int32_t eps1_rule, momentum, decay_factor, decay_before_rms;
   int32_t amsgrad, sums, rounding, overwrite_with_average;
   int32_t norm_clipped;     // gradients are clipped by a norm that is known after the statistics
-  int32_t pad;
+  int32_t skips;            // a tensor whose Σ g² is not finite is left as it is
 };
 
 // One tensor: its geometry in the order of its matrix view, its memory, and where its sums go. Filled once and used for
@@ -79,7 +79,7 @@ struct Tensor {
   int64_t matrix_rows, matrix_cols;  // of tiny matrices
   int32_t ndim, form;
   int32_t swapped;            // lines are the columns of the view: line_var is col_var, cross_var is row_var
-  int32_t skip;               // of the call: nothing may be written
+  int32_t skip;               // of the call: nothing may be written; kFinalize sets it too
   int32_t param_dtype, grad_dtype, moment_dtype, exp_avg_dtype;
   int32_t math_dtype;         // kFloat32 or kFloat64
   int32_t param_index;
@@ -131,11 +131,11 @@ int32_t fused_adafactor_isa();
 int32_t fused_adafactor_set_isa(int32_t isa);
 // Run items in ticket order on `threads` threads of the process' OpenMP pool. Returns 0.
 //
-// One value for each tensor: `grads` and, where they are not null, `grad_factors` (else 1) and `skips` (else 0); and
-// `outcomes`, which are written unless that is null.
+// One value for each tensor: `grads` and, where they are not null, `grad_factors` (else 1) and `skips` (else 0), which
+// are written too; and `outcomes`, which are written unless that is null.
 int32_t fused_adafactor_run(const fused_adafactor::Item* items, int64_t count, fused_adafactor::Tensor* tensors,
                             int64_t tensor_count, const void* const* grads, const double* grad_factors,
-                            const uint8_t* skips, const fused_adafactor::Rule* rules, void* scratch, int32_t threads,
+                            uint8_t* skips, const fused_adafactor::Rule* rules, void* scratch, int32_t threads,
                             fused_adafactor::Outcome* outcomes);
 #pragma GCC visibility pop
 }

@@ -128,7 +128,9 @@ def merge(row, rule, integers, scratch, factor, item, V: tl.constexpr):
 @triton.jit
 def total_grad_sq(row, scratch, outcome, V: tl.constexpr):
     """Σ g² of a tensor, before any clipping."""
-    tl.store(outcome + f.GRAD_SQ, _sum_of_units(row, scratch, f.UNIT_GRAD_SQ, V))
+    total = _sum_of_units(row, scratch, f.UNIT_GRAD_SQ, V)
+    tl.store(outcome + f.GRAD_SQ, total)
+    return total
 
 
 @triton.jit
@@ -144,13 +146,16 @@ def _sum_of_units(row, scratch, FIELD: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def finalize(row, rule, scratch, outcome, V: tl.constexpr):
-    """Norms, clamps, what is known of Σ u², and the step size.
+def finalize(row, rule, scratch, outcome, skip, V: tl.constexpr):
+    """Norms, clamps, what is known of Σ u², the step size, and whether the tensor is skipped.
 
     Returns:
         Whether RMS(u) is known, or not wanted: the third sweep has nothing to do.
     """
-    total_grad_sq(row, scratch, outcome, V)
+    grad_sq = total_grad_sq(row, scratch, outcome, V)
+    if V.SKIPS:
+        if not is_finite(grad_sq.to(V.MATH)):
+            tl.store(skip, 1)
     update_sq = tl.zeros((), tl.float64)
     measured = tl.zeros((), tl.int32) + 1
     form = tl.load(row + f.FORM)

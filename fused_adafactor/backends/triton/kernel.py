@@ -87,7 +87,7 @@ def run_item(
             if not V.JOINED:
                 wait_for(progress + f.STATS_DONE, units, V)
             wait_for(progress + f.MERGES_DONE, tl.load(row + f.MERGES), V)
-            measured = finalize(row, rule, scratch, outcome, V)
+            measured = finalize(row, rule, scratch, outcome, skips + tensor, V)
             count_up(progress + f.FINALIZED, V)
             if measured > 0:
                 count_up(progress + f.MEASURED, V)

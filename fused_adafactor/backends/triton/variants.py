@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fused_adafactor.binding import Binding
 from fused_adafactor.rounding import Rounding
-from fused_adafactor.rule import Eps1Rule, GradClipKind, MomentumSite
+from fused_adafactor.rule import Eps1Rule, GradClipKind, MomentumSite, Nonfinite
 from fused_adafactor.slabs import Form, Geometry, ItemKind
 from fused_adafactor.tickets import Pieces, Tuning
 
@@ -41,6 +41,7 @@ class Variant(NamedTuple):
         AMSGRAD: Whether v is the largest so far.
         MEASURES: Whether RMS(u) is wanted.
         PARAM_RMS: Whether RMS(p) is.
+        SKIPS: A tensor whose gradient is not finite is left as it is.
         NORM_CLIPPED: Gradients are clipped by a norm that is known after the first sweep.
         VALUE_CLIP: They are clipped element by element.
         ACCUMULATES: They are averaged over several calls.
@@ -86,6 +87,7 @@ class Variant(NamedTuple):
     AMSGRAD: bool
     MEASURES: bool
     PARAM_RMS: bool
+    SKIPS: bool
     NORM_CLIPPED: bool
     VALUE_CLIP: bool
     ACCUMULATES: bool
@@ -157,6 +159,7 @@ def traits_of(b: Binding, geometry: Geometry) -> Variant:
         AMSGRAD=rule.amsgrad,
         MEASURES=measures,
         PARAM_RMS=rule.measures_param_rms,
+        SKIPS=rule.nonfinite is Nonfinite.SKIP,
         NORM_CLIPPED=norm_clipped,
         VALUE_CLIP=clip is not None and clip.kind is GradClipKind.VALUE,
         ACCUMULATES=b.accumulator is not None,
