@@ -298,10 +298,10 @@ class AdafactorBase(PartialOptimizer):
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients together at the last update, before clipping; 0-d, on a device.
 
-        None before an update under ``max_grad_norm``, ``clipnorm`` or ``global_clipnorm``, which are
-        what it is computed for (as is ``nonfinite="skip"`` where all share a step count), and where
-        parameters were stepped one by one. Of gradients of several devices it is on that of the first. After the replay of
-        a CUDA graph it is that of the replay.
+        None before an update under ``max_grad_norm``, ``clipnorm`` or ``global_clipnorm``, for
+        which it is computed (as for ``nonfinite="skip"`` where all share a step count), and where
+        parameters were stepped one by one. Of gradients of several devices it is on that of the
+        first. After the replay of a CUDA graph it is that of the replay.
         """
         return None if self._engine.grad_sq is None else self._engine.grad_sq.sqrt()
 
