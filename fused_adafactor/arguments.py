@@ -250,6 +250,9 @@ def _check_clips(group: Mapping[str, Any]) -> None:
     clips = {key: group[key] for key in _CLIPS}
     require_numbers(**clips)
     received = ", ".join(f"{key}={value}" for key, value in clips.items())
+    for key, value in clips.items():
+        if value is not None and value != value:
+            raise ValueError(f"{key} must be a number or None, got {value}")
     if sum(value is not None for value in clips.values()) > 1:
         raise ValueError(
             "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. Received: "
@@ -282,7 +285,7 @@ def _check_counts(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`ema_momentum` must be in the range [0, 1]. Received: ema_momentum={momentum}"
         )
-    if every and (not isinstance(every, int) or every < 1):
+    if every and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(
             "`ema_overwrite_frequency` must be an integer >= 1 or None. Received: "
             f"ema_overwrite_frequency={every}"

@@ -9,7 +9,7 @@ gradients, what is skipped) is set or made by ``Engine.run`` and gone with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ from fused_adafactor.plan import (
 from fused_adafactor.rule import StepCount
 from fused_adafactor.schedule import Number
 from fused_adafactor.sharding import Processes
-from fused_adafactor.spec import TensorId, TensorSpec, has_memory
-from fused_adafactor.state import StateLayout, canonical
+from fused_adafactor.spec import TensorSpec, has_memory
+from fused_adafactor.state import StateLayout, canonical, entries_of
 
 _PLANS_KEPT = 64
 
@@ -46,7 +46,8 @@ class Task:
     Attributes:
         spec: The tensor.
         cohort: Its rule, and the numbers of each step.
-        param: The parameter.
+        owner: The parameter.
+        param: It, or what this process has of it.
         state: Its state, complete.
         mirror: Its mirror, or None.
         counter: The step counter that it follows; advanced when the call is done.
@@ -54,6 +55,7 @@ class Task:
 
     spec: TensorSpec
     cohort: Cohort
+    owner: Tensor
     param: Tensor
     state: dict[str, Any]
     counter: Tensor
@@ -72,6 +74,7 @@ class _Batch:
         grads: Places of theirs among all gradients; None for all of them, in order.
         param_rms: Where RMS(p) is kept, if the dialect does.
         specs: Its tensors.
+        owners: The parameters that they are, or are parts of.
         updated: When they were last updated, counted in calls of ``Engine.run``; 0 for never.
     """
 
@@ -82,6 +85,7 @@ class _Batch:
     grads: list[int] | None
     param_rms: list[Tensor] | None
     specs: list[TensorSpec]
+    owners: list[Tensor]
     updated: int = 0
 
     def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
@@ -244,6 +248,7 @@ class Engine:
         parts = [part for part in parts if part[0].executor is not None]
         if not parts:
             return
+        self.grad_sq = None
         for number in range(len(parts[0][0].segments)):
             if number:
                 distributed = [(b.specs, e.sums) for b, e in parts if e.sums]
@@ -267,22 +272,6 @@ class Engine:
         if course is None:
             course = prepared.courses[activities] = self._make_course(prepared)
         return course
-
-    def metrics(self, prepared: Iterable[Prepared]) -> dict[TensorId, Metrics]:
-        """What each tensor of these steps was found to be in its last update.
-
-        Waits for the devices.
-        """
-        batches = [
-            b for each in prepared for course in each.courses.values() for b in course.batches
-        ]
-        found: dict[TensorId, Metrics] = {}
-        for batch in sorted(batches, key=lambda batch: batch.updated):
-            if batch.updated and batch.executor is not None:
-                rules = [cohort.rule for cohort in batch.members.cohorts]
-                ids = [spec.id for spec in batch.specs]
-                found |= zip(ids, metrics_of(rules, batch.executor.outcome()), strict=True)
-        return found
 
     def _make_course(self, prepared: Prepared) -> _Course:
         tasks = prepared.tasks
@@ -337,6 +326,7 @@ class Engine:
             grads=None if mine == list(range(len(grads))) else mine,
             param_rms=kept if measured and len(kept) == len(tasks) else None,
             specs=[task.spec for task in tasks],
+            owners=[task.owner for task in tasks],
         )
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:
@@ -349,9 +339,12 @@ class Engine:
         return plan
 
     def bind(self, task: Task, planned: PlannedTensor) -> Binding:
-        """Bind a tensor to its memory."""
+        """Bind a tensor to its memory; what an option that is off has left stays out of it."""
+        wanted = entries_of(task.spec, task.cohort.rule, self.layout)
 
         def entry(name: str) -> Tensor | None:
+            if name not in wanted:
+                return None
             return canonical(task.state, task.spec, self.layout, name)
 
         return Binding(
@@ -369,6 +362,21 @@ class Engine:
             accumulator=entry("accumulator"),
             mirror=task.mirror,
         )
+
+
+def metrics_of_steps(steps: Sequence[Prepared]) -> dict[Tensor, Metrics]:
+    """What each parameter of these steps was found to be in its last update.
+
+    Waits for the devices.
+    """
+    batches = [b for step in steps for course in step.courses.values() for b in course.batches]
+    found: dict[Tensor, Metrics] = {}
+    for batch in sorted(batches, key=lambda batch: batch.updated):
+        if batch.updated and batch.executor is not None:
+            rules = [cohort.rule for cohort in batch.members.cohorts]
+            mine = metrics_of(rules, batch.executor.outcome())
+            found |= zip(batch.owners, mine, strict=True)
+    return found
 
 
 def _grad_scale(cohort: Cohort, grad_scale: Tensor | None) -> Number:

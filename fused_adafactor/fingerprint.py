@@ -88,12 +88,21 @@ def fingerprint_of(
             list(map(Tensor.stride, grads)),  # a sparse one raises
             list(map(_dtype, grads)),
             list(map(type, grads)),
+            _placements(params),
+            _placements(grads),
             list(chain.from_iterable(state.values())),
             list(map(Tensor.data_ptr, _parts([*kept, *shared, *mirrors]))),
         )
     except (RuntimeError, TypeError):
         return None
     return Fingerprint([*params, *state, *kept, *shared, *mirrors], facts), _parts(grads)
+
+
+def _placements(tensors: Sequence[Tensor]) -> list[object] | None:
+    """How distributed tensors are distributed; None where there is none."""
+    if set(map(type, tensors)) <= _PLAIN:
+        return None
+    return [getattr(tensor, "placements", None) for tensor in tensors]
 
 
 def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_adafactor.compiling import uncompiled
 from fused_adafactor.partial import PartialOptimizer, refuse_common_norms
@@ -22,6 +23,10 @@ from fused_adafactor.spec import TensorId
 # Gradients wait for others until there are so many bytes of them: stepping these takes longer than
 # calling a backend does.
 BATCH_BYTES = 2**20
+
+
+# Whose handle steps a parameter: two optimizers cannot.
+_stepped_by: MutableMapping[Tensor, weakref.ref[BackwardStep]] = WeakTensorKeyDictionary()
 
 
 @dataclass
@@ -48,7 +53,8 @@ class BackwardStep:
         on_remove: Callable[[], None],
     ) -> None:
         """Check what can be checked, then register the hooks."""
-        self._optimizer = optimizer
+        # The optimizer holds this handle; it must be gone as soon as nobody else holds it.
+        self._reference = weakref.ref(optimizer)
         self._on_remove: Callable[[], None] | None = on_remove
         # Several threads may run a backward pass, and a device has a thread of its own.
         self._lock = threading.RLock()
@@ -64,6 +70,12 @@ class BackwardStep:
         self.check_groups(optimizer.param_groups)
         optimizer._refuse_what_joins(optimizer._rules(range(len(optimizer.param_groups))))
         self.watch()
+
+    @property
+    def _optimizer(self) -> PartialOptimizer:
+        optimizer = self._reference()
+        assert optimizer is not None, "hooks look before they ask"
+        return optimizer
 
     def __enter__(self) -> BackwardStep:
         return self
@@ -82,10 +94,14 @@ class BackwardStep:
         Does nothing the second time.
         """
         with self._lock:
-            for hook in self._hooks.values():
+            for param, hook in self._hooks.items():
                 hook.remove()
+                _stepped_by.pop(param, None)
             self._hooks.clear()
             self._waiting.clear()
+            optimizer = self._reference()
+            if optimizer is not None:
+                optimizer._forget_steps()
             if self._on_remove is not None:
                 self._on_remove()
                 self._on_remove = None
@@ -115,11 +131,13 @@ class BackwardStep:
         with self._lock:
             for gone in [param for param in self._hooks if param not in params]:
                 self._hooks.pop(gone).remove()
+                _stepped_by.pop(gone, None)
             for param in params:
                 # Others get no gradient from a backward pass.
                 if param not in self._hooks and param.requires_grad and param.is_leaf:
                     hook = param.register_post_accumulate_grad_hook(_hook(self))  # type: ignore[no-untyped-call]
                     self._hooks[param] = hook
+                    _stepped_by[param] = weakref.ref(self)
 
     def flush(self) -> None:
         """Step all that waits."""
@@ -132,6 +150,7 @@ class BackwardStep:
         """Forget gradients that wait, which an error has left there."""
         with self._lock:
             self._waiting.clear()
+            self._end_is_watched = False  # an error may have kept the end from coming
 
     def take(self, param: Tensor) -> None:
         """Take the gradient that a parameter has just got.
@@ -186,7 +205,7 @@ def _hook(handle: BackwardStep) -> Callable[[Tensor], None]:
 
     def step_in_backward(param: Tensor) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and alive._reference() is not None:
             alive.take(param)
 
     return uncompiled(step_in_backward)  # a compiled function may call backward()
@@ -227,6 +246,13 @@ def _check_model(model: torch.nn.Module, params: Sequence[Tensor]) -> None:
 
 def _check_params(params: Sequence[Tensor], ids: Sequence[TensorId]) -> None:
     for param, id in zip(params, ids, strict=True):
+        reference = _stepped_by.get(param)
+        other = None if reference is None else reference()
+        if other is not None and other._reference() is not None:
+            raise RuntimeError(
+                f"{id} is stepped in the backward pass already, by another optimizer; call "
+                "remove() of the handle that its enable_backward_step returned first"
+            )
         if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
             raise ValueError(
                 f"{id} is part of a flat parameter of FSDP1, which has lost the shapes that "

@@ -6,6 +6,7 @@ either.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast, overload
 
@@ -18,7 +19,7 @@ from fused_adafactor import backends
 from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.compiling import uncompiled
 from fused_adafactor.counting import counter
-from fused_adafactor.engine import Engine
+from fused_adafactor.engine import Engine, metrics_of_steps
 from fused_adafactor.in_backward import BackwardStep
 from fused_adafactor.joining import joins
 from fused_adafactor.metrics import Metrics
@@ -252,8 +253,9 @@ class AdafactorBase(PartialOptimizer):
             A handle: ``remove()``, or the end of a ``with`` block, ends it.
 
         Raises:
-            RuntimeError: It is enabled already, or the model or a module in it is wrapped in
-                DistributedDataParallel, which sums gradients after they have arrived.
+            RuntimeError: It is enabled already, here or by another optimizer; or the model or a
+                module in it is wrapped in DistributedDataParallel, which sums gradients after they
+                have arrived.
             ValueError: The model has none of this optimizer's parameters, a parameter is a flat one
                 of FSDP1, or a param group has ``fused=True`` (torch's GradScaler), a common norm to
                 clip by, or ``nonfinite="skip"`` where one counter serves all parameters.
@@ -264,8 +266,12 @@ class AdafactorBase(PartialOptimizer):
                 "that enable_backward_step returned first"
             )
 
+        reference = weakref.ref(self)
+
         def leave() -> None:
-            self._in_backward = None
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer._in_backward = None
 
         self._in_backward = BackwardStep(self, model, leave)
         return self._in_backward
@@ -313,8 +319,8 @@ class AdafactorBase(PartialOptimizer):
         has no elements, has not been updated yet, or whose update has been prepared anew since.
         """
         known = [self._known, *(self._partial_steps or {}).values()]
-        found = self._engine.metrics(each.prepared for each in known if each is not None)
-        return {id.label: found[id] for _, _, id in self._ids() if id in found}
+        found = metrics_of_steps([each.prepared for each in known if each is not None])
+        return {id.label: found[param] for _, param, id in self._ids() if param in found}
 
     def explain(self) -> str:
         """The plan of a step as a table: per tensor the backend, launch, sweeps, bytes, and why.

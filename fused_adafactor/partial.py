@@ -122,8 +122,7 @@ class PartialOptimizer(PreparingOptimizer):
     def _count_call(self) -> None:
         """Count a call whose parameters have been stepped."""
         if "step" in self.param_groups[0]:
-            found_inf = getattr(self, "found_inf", None)
-            self.param_groups[0]["step"].add_(1 if found_inf is None else found_inf.squeeze() == 0)
+            self.param_groups[0]["step"].add_(1)
         self._stepped = None
 
     # --- what there is ----------------------------------------------------------------------------
@@ -173,6 +172,10 @@ class PartialOptimizer(PreparingOptimizer):
                 return False
         return True
 
+    def _forget_steps(self) -> None:
+        """Let go of prepared steps, and with them of the state that they were made for."""
+        self._known = self._partial_steps = None
+
     def _look_around(self) -> None:
         """Note where every parameter is, and let go of what is not there any more."""
         self._places = {param: id for _, param, id in self._ids()}
@@ -216,6 +219,7 @@ class PartialOptimizer(PreparingOptimizer):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._stepped = None
+        self._forget_steps()
         super().__setstate__(state)
 
     def _with_call_counted(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -185,8 +185,10 @@ class PreparingOptimizer(CheckpointedOptimizer):
         drafts = []
         for group, param, id in placed:
             rule = self._param_rule(rules[id.group], id, param)
-            if param.grad is None and (not rule.moves_without_grad or param not in self.state):
-                continue
+            if param.grad is None:
+                if not rule.moves_without_grad or not self.state.get(param):
+                    continue
+                rule = rule.without_grad
             spec = described(id, param, rule, self._mirrors.get(param))
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             part = local_of(param)
@@ -238,6 +240,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
                 tasks[spec.id.index] = Task(
                     spec=spec,
                     cohort=cohort,
+                    owner=param,
                     param=part,
                     state=self.state[param],
                     counter=counted,

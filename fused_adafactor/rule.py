@@ -9,7 +9,7 @@ them is ``backends/reference.py``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -213,6 +213,17 @@ class Rule:
     def moves_without_grad(self) -> bool:
         """Whether a call changes the state of a tensor that has no gradient."""
         return self.weight_average is not None or self.loses_without_grad
+
+    @property
+    def without_grad(self) -> Rule:
+        """The rule of a call in which a tensor has no gradient.
+
+        Where it counts its own steps no update is due then, and so no overwriting either.
+        """
+        average = self.weight_average
+        if average is None or self.step_count is StepCount.GLOBAL:
+            return self
+        return replace(self, weight_average=replace(average, overwrite_every=None))
 
     def eps1_of(self, param_dtype: torch.dtype, math_dtype: torch.dtype) -> float:
         """eps1 for one tensor, large enough that no formula divides by zero.

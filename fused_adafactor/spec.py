@@ -359,6 +359,8 @@ def _check_mirror(spec: TensorSpec, mirror: Tensor, rule: Rule) -> None:
         )
     if mirror.device != spec.device or (spec.numel and not has_memory(mirror)):
         raise RuntimeError(f"{what} must be plain memory on {spec.device}, like its parameter")
+    if mirror.data_ptr() % mirror.dtype.itemsize:
+        raise ValueError(f"{what} begins at an address that is no multiple of its element's size")
     found = {"shape": tuple(mirror.shape), "strides": mirror.stride()}
     for name, wanted in (("shape", spec.shape), ("strides", spec.state_strides)):
         if found[name] != wanted:

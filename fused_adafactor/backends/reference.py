@@ -40,8 +40,8 @@ class _Partials:
     col_sq: Tensor | None = None  # [..., m]  Σ_i g²
     param_sq: Tensor | None = None  # 0-d  Σ p²
     col_weighted: Tensor | None = None  # [..., m]  Σ_i num² / row_var_i, two sweeps only
-    row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i before this step, rows distributed
-    row_sq_sum: Tensor | None = None  # [...]  Σ_ij g², rows distributed
+    row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i, rows distributed; of before this step
+    row_sq_sum: Tensor | None = None  # [...]  Σ_ij g², rows distributed;  if this is there
     update_sq: Tensor | None = None  # 0-d  Σ u², once known
     row_var: Tensor | None = None  # [..., n]  new row second moment, not yet stored
     col_var: Tensor | None = None  # [..., m]  new column second moment, not yet stored
@@ -198,8 +198,7 @@ def stats(b: _Work) -> None:
         partials.row_sq = grad_sq.sum(dim=-1)
         partials.col_sq = grad_sq.sum(dim=-2)
         if spec.rows_over:
-            partials.row_var_sum = _read(b, b.row_var).sum(dim=-1)
-            partials.row_sq_sum = partials.row_sq.sum(dim=-1)
+            _sum_rows(b, b.row_var, partials.row_sq)
     if b.planned.sweeps == 2 and b.rule.clip_threshold is not None:
         if b.row_var is None:
             partials.update_sq = _update(b).square().sum()
@@ -211,6 +210,22 @@ def stats(b: _Work) -> None:
             row_var = _new_factor(b, b.row_var, partials.row_sq, -1)
             weighted = _numerator(b).square() / row_var.unsqueeze(-1)
             partials.col_weighted = weighted.sum(dim=-2)
+
+
+def _sum_rows(b: _Work, row_var: Tensor, row_sq: Tensor) -> None:
+    """What the sum of row_var over all processes will follow from.
+
+    Where a row is here as a whole, and its gradient is final, its new second moment is known now.
+    Elsewhere the sum follows from two sums, as it is linear in them; where moments are rounded
+    (``state_dtype``) it is then that of the unrounded ones.
+    """
+    partials = _partials(b)
+    clip = b.rule.grad_clip
+    if b.planned.spec.cols_over or (clip is not None and clip.kind is not GradClipKind.VALUE):
+        partials.row_var_sum = _read(b, row_var).sum(dim=-1)
+        partials.row_sq_sum = row_sq.sum(dim=-1)
+    else:
+        partials.row_var_sum = _new_factor(b, row_var, row_sq, -1).sum(dim=-1)
 
 
 def finalize(b: _Work) -> None:
@@ -418,10 +433,11 @@ def _norm(b: _Work) -> Tensor:
     partials, view = _partials(b), b.planned.spec.whole_view
     assert partials.row_var is not None
     assert view is not None
-    if partials.row_var_sum is None or partials.row_sq_sum is None:
+    if partials.row_var_sum is None:
         total = partials.row_var.sum(dim=-1)
+    elif partials.row_sq_sum is None:
+        total = partials.row_var_sum
     else:
-        # Rows are elsewhere too, but their sum follows from sums that the first sweep took.
         new = _mean_or_sum(b, partials.row_sq_sum, view.cols, of=view.rows)
         total = b.scalars.beta2 * partials.row_var_sum + (1 - b.scalars.beta2) * new
     norm = total if b.rule.sums else total / view.rows
@@ -572,7 +588,8 @@ def _write_param(b: _Work, delta: Tensor) -> None:
     if b.mirror is not None:
         stored, dtype = _read(b, b.param), b.mirror.dtype
         if b.rule.rounding is Rounding.STOCHASTIC:
-            mirrored = round_stochastic(stored, dtype, b.rounding_key(Stream.PARAM))
+            elements = _elements(spec, stored.device)
+            mirrored = round_stochastic(stored, dtype, b.rounding_key(Stream.PARAM), elements)
         else:
             mirrored = round_nearest(stored, dtype)
         _write(b, b.mirror, mirrored)

@@ -700,3 +700,35 @@ def test_creating_a_distributed_state_dict_changes_nothing():
         stepping.same_bits(p.detach(), b) for p, b in zip(model.parameters(), before, strict=True)
     )
     assert float(optimizer.param_groups[0]["step"]) == 0.0
+
+
+def test_an_optimizer_that_is_gone_steps_nothing() -> None:
+    """The handle and the optimizer hold each other; nobody waits for the garbage collector."""
+    gc.disable()
+    try:
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = TORCH([param])
+        optimizer.enable_backward_step()
+        del optimizer
+        param.sum().backward()
+        assert torch.equal(param, torch.ones(3))
+        assert param.grad is not None
+        other = TORCH([param])
+        other.enable_backward_step()
+        param.grad = None
+        param.sum().backward()
+        other.step()
+        assert param.grad is None
+        assert len(other.state) == 1
+    finally:
+        gc.enable()
+
+
+def test_a_parameter_is_stepped_by_one_optimizer() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    first, second = TORCH([param]), TORCH([param])
+    handle = first.enable_backward_step()
+    with pytest.raises(RuntimeError, match="by another optimizer"):
+        second.enable_backward_step()
+    handle.remove()
+    second.enable_backward_step().remove()
