@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_adafactor.compiling import uncompiled
 from fused_adafactor.partial import PartialOptimizer, refuse_common_norms
-from fused_adafactor.spec import TensorId
+from fused_adafactor.sharding import check_shape
 
 # Gradients wait for others until there are so many bytes of them: stepping these takes longer than
 # calling a backend does.
@@ -60,7 +60,8 @@ class BackwardStep:
         params = optimizer._all_params()
         if model is not None:
             _check_model(model, params)
-        _check_params(params, optimizer._find(params))
+        for param, id in zip(params, optimizer._find(params), strict=True):
+            check_shape(id, param)
         self.check_groups(optimizer.param_groups)
         optimizer._refuse_what_joins(optimizer._rules(range(len(optimizer.param_groups))))
         self.watch()
@@ -223,12 +224,3 @@ def _check_model(model: torch.nn.Module, params: Sequence[Tensor]) -> None:
         raise ValueError(
             "model has none of the optimizer's parameters; give the model that it trains, or None"
         )
-
-
-def _check_params(params: Sequence[Tensor], ids: Sequence[TensorId]) -> None:
-    for param, id in zip(params, ids, strict=True):
-        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
-            raise ValueError(
-                f"{id} is part of a flat parameter of FSDP1, which has lost the shapes that "
-                "Adafactor factors by. Use fully_shard (FSDP2) or DistributedDataParallel"
-            )

@@ -20,7 +20,7 @@ from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.sharding import described, joiner
+from fused_adafactor.sharding import anywhere, described, joiner, zeros_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of
 from fused_adafactor.state import check_state, init_state
 
@@ -29,13 +29,17 @@ Ready = tuple[Prepared, list[Tensor]]  # a step, and the gradients that there ar
 
 
 class _Draft(NamedTuple):
-    """A tensor that a step concerns, checked; nothing of it has been changed."""
+    """A tensor that a step concerns, checked; nothing of it has been changed.
+
+    It has a gradient also where zeros stand for one of another process.
+    """
 
     group: dict[str, Any]
     spec: TensorSpec
     rule: Rule
     has_grad: bool
     param: Tensor
+    zeros: Tensor | None
 
 
 class Known(NamedTuple):
@@ -179,13 +183,15 @@ class PreparingOptimizer(CheckpointedOptimizer):
         drafts = []
         for group, param, id in placed:
             rule = self._param_rule(rules[id.group], id, param)
-            if param.grad is None and (not rule.moves_without_grad or param not in self.state):
+            zeros = zeros_of(param)
+            has_grad = param.grad is not None or zeros is not None
+            if not has_grad and (not rule.moves_without_grad or param not in self.state):
                 continue
             spec = described(id, param, rule)
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             part = local_of(param)
             self._engine.check(spec, part, part if param.grad is None else local_of(param.grad))
-            drafts.append(_Draft(group, spec, rule, param.grad is not None, param))
+            drafts.append(_Draft(group, spec, rule, has_grad, param, zeros))
         return drafts
 
     def _commit(
@@ -201,7 +207,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         members: dict[Any, tuple[Cohort, list[_Draft]]] = {}
         equal: dict[Rule, Rule] = {}
         for draft in drafts:
-            group, spec, rule, has_grad, param = draft
+            group, spec, rule, has_grad, param, _ = draft
             counted = self._counter(group, rule, param)
             call = next_call(group, counted, param)
             # What a device counts is not known here: the counter itself stands for it.
@@ -222,7 +228,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         clocks = []
         for (cohort, mine), call in zip(members.values(), calls, strict=True):
             counters = {}
-            for group, spec, rule, _, param in mine:
+            for group, spec, rule, _, param, zeros in mine:
                 device = counter_device(group, param)
                 part, join = local_of(param), joiner(param)
                 init_state(self.state[param], spec, rule, self.layout, part, device, join)
@@ -235,6 +241,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
                     param=part,
                     state=self.state[param],
                     counter=counted,
+                    zeros=zeros,
                 )
             clocks.append(Clock(list(counters.values()), not isinstance(call, Tensor)))
         prepared = Prepared(
@@ -248,7 +255,8 @@ class PreparingOptimizer(CheckpointedOptimizer):
         found = self._fingerprint(rules, some)
         if found is None:
             return (prepared, grads), None
-        _, params, ids = map(list, zip(*(self._ids() if some is None else some), strict=True))
+        placed = list(self._ids() if some is None else some)
+        params, ids = [param for _, param, _ in placed], [id for *_, id in placed]
         group_rules = [rules[id.group] for id in ids]
         own_rules = self._own_rules(group_rules, ids, params)
         known = Known(prepared, found[0], groups, ids, params, group_rules, own_rules)
@@ -302,9 +310,12 @@ class PreparingOptimizer(CheckpointedOptimizer):
             or any(not _is_zero(group["lr"]) for group in self.param_groups)
         ):
             return False
-        if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
+        params = [draft.param for draft in drafts]
+        found = any(bool(local_of(p.grad).any()) for p in params if p.grad is not None)
+        if anywhere(found, params):
             return False
-        for group, spec, rule, _, param in drafts:
+        for draft in drafts:
+            group, spec, rule, param = draft.group, draft.spec, draft.rule, draft.param
             part, device, join = local_of(param), counter_device(group, param), joiner(param)
             init_state(self.state[param], spec, rule, self.layout, part, device, join)
         return True

@@ -36,9 +36,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Every tensor that a step has looked at the long way."""
     calls: list[Any] = []
-    spec_of = preparing.spec_of
+    describe = preparing.described
     monkeypatch.setattr(
-        preparing, "spec_of", lambda id, *args: (calls.append(id), spec_of(id, *args))[1]
+        preparing, "described", lambda id, *args: (calls.append(id), describe(id, *args))[1]
     )
     return calls
 
