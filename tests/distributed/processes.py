@@ -111,7 +111,7 @@ def _main(
         )
         torch.manual_seed(0)
         body = getattr(importlib.import_module(where[0]), where[1])
-        body.__wrapped__(**kwargs)
+        getattr(body, "__wrapped__", body)(**kwargs)
         if ends_together:
             dist.barrier()
     except BaseException:

@@ -141,7 +141,7 @@ def test_steps_in_the_backward_pass_have_the_bits_of_step(extra: dict[str, Any])
 
 @on_processes(2)
 def test_gradients_are_freed_in_the_backward_pass() -> None:
-    """Layers of more than a megabyte: never are there the gradients of more than two of them."""
+    """Layers of more than a megabyte: each is freed before the next one comes."""
     from torch.distributed.fsdp import fully_shard
 
     layers = [torch.nn.Linear(640, 640, bias=False) for _ in range(6)]
@@ -168,7 +168,7 @@ def test_gradients_are_freed_in_the_backward_pass() -> None:
     most = 0
     with optimizer.enable_backward_step(model):
         model(data).square().mean().backward()
-        assert 0 < most <= 2 * size
+        assert most <= size
         assert all(p.grad is None for p in model.parameters())
         optimizer.step()
     assert optimizer.state[layers[0].weight]["step"] == 2
