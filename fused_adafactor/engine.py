@@ -28,6 +28,7 @@ from fused_adafactor.joining import (
     joins,
     shared_skips,
     skip_absent,
+    unmoved,
 )
 from fused_adafactor.metrics import Metrics, metrics_of
 from fused_adafactor.plan import (
@@ -252,23 +253,22 @@ class Engine:
         self._calls += 1
         self._update([part for part in parts if part[0].activity is Activity.UPDATE])
         self._mark_accumulated([part for part in parts if part[0].activity is Activity.ACCUMULATE])
-        skipped = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
+        skips = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
         for batch, exchange in parts:
             if batch.executor is None:
                 continue
-            # Tensors that had no gradient in this call learn here that it is skipped.
-            called_off = None
-            if skipped is not None:
-                called_off = skipped.to(batch.members.device)[batch.members.counter_index]
             if batch.activity is not Activity.UPDATE:
-                if called_off is not None and batch.activity is not Activity.ACCUMULATE:
-                    exchange.skip = called_off
+                if skips is not None and batch.activity is not Activity.ACCUMULATE:
+                    # Tensors that had no gradient in this call learn here that it is skipped.
+                    members = batch.members
+                    exchange.skip = skips.skipped.to(members.device)[members.counter_index]
                 batch.executor.run_activity(batch.activity, exchange)
             if exchange.absent is not None and batch.without_grad is not None:
-                skip = ~exchange.absent if called_off is None else ~exchange.absent | called_off
-                batch.executor.run_activity(batch.without_grad, Exchange(grads=(), skip=skip))
+                assert skips is not None
+                left = Exchange(grads=(), skip=unmoved(batch.members, exchange, skips, found_inf))
+                batch.executor.run_activity(batch.without_grad, left)
         # Last, so that a backend that raises has counted nothing.
-        course.counters.advance(skipped)
+        course.counters.advance(None if skips is None else skips.uncounted)
 
     def _update(self, parts: list[tuple[_Batch, Exchange]]) -> None:
         """Run the phases, and what must be known between them."""

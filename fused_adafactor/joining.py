@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,14 +119,26 @@ def skip_absent(members: Members, exchange: Exchange) -> None:
         exchange.skip = exchange.absent if skip is None else skip | exchange.absent
 
 
-def shared_skips(parts: Sequence[tuple[Members, Exchange]], counters: int) -> Tensor | None:
-    """By counter, whether its step is skipped: what shares a counter is skipped together.
+class Skips(NamedTuple):
+    """What becomes of the counters of a call; vectors of bool.
 
-    A tensor that is absent from all processes skips nothing else, but where all are absent nothing
-    is counted.
+    Attributes:
+        skipped: By counter, whether what follows it is skipped.
+        uncounted: By counter, whether it stays where it is: also where nothing that follows it is
+            present on any process.
+        all_absent: Whether nothing at all is, 0-d: the call is then none.
+    """
+
+    skipped: Tensor
+    uncounted: Tensor
+    all_absent: Tensor
+
+
+def shared_skips(parts: Sequence[tuple[Members, Exchange]], counters: int) -> Skips | None:
+    """What shares a counter is skipped together; what is absent skips nothing else.
 
     Returns:
-        A vector of bool, None if nothing can be skipped.
+        None if nothing can be skipped.
     """
     if all(exchange.skip is None for _, exchange in parts):
         return None
@@ -142,7 +155,16 @@ def shared_skips(parts: Sequence[tuple[Members, Exchange]], counters: int) -> Te
         there.index_add_(0, index, present.to(device))
         if exchange.skip is not None:
             skipped.index_add_(0, index, (present * exchange.skip).to(device))
-    return (skipped > 0) | (there == 0)
+    return Skips(skipped > 0, (skipped > 0) | (there == 0), there.sum() == 0)
+
+
+def unmoved(members: Members, exchange: Exchange, skips: Skips, found_inf: Tensor | None) -> Tensor:
+    """What does not move as a tensor without a gradient does: it has one, or all is skipped."""
+    assert exchange.absent is not None
+    stays = ~exchange.absent | skips.skipped.to(members.device)[members.counter_index]
+    initial = initial_skip(members, found_inf)
+    stays = stays | skips.all_absent.to(members.device)
+    return stays if initial is None else stays | initial
 
 
 class Counters:
