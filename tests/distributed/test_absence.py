@@ -110,11 +110,12 @@ def test_what_is_missing_here_is_zeros_and_what_is_absent_is_left_alone(
         assert_alike(distributed, whole)
 
 
+@pytest.mark.parametrize("extra", [{}, {"use_ema": True, "ema_momentum": 0.5}], ids=str)
 @pytest.mark.parametrize("dialect", [HF, KERAS], ids=str)
 @on_every_rank
-def test_without_any_gradient_nothing_changes(dialect: Dialect) -> None:
-    """Neither parameters nor counts, on any process."""
-    whole, distributed, give = pair(dialect, "rows")
+def test_without_any_gradient_nothing_changes(dialect: Dialect, extra: dict[str, Any]) -> None:
+    """Neither parameters nor averages nor counts, on any process."""
+    whole, distributed, give = pair(dialect, "rows", **extra)
     for step in (0, None, 1, None, None, 2):
         if step is not None:
             give(step)
@@ -126,6 +127,26 @@ def test_without_any_gradient_nothing_changes(dialect: Dialect) -> None:
     assert_alike(distributed, whole)
     if dialect is KERAS:
         assert distributed.param_groups[0]["step"] == whole.param_groups[0]["step"] == 3
+
+
+@pytest.mark.parametrize("dialect", [HF, KERAS], ids=str)
+@on_every_rank
+def test_a_call_between_two_updates_is_dropped_by_all(dialect: Dialect) -> None:
+    """The NaN is in the part of one process only."""
+    extra = {"nonfinite": "skip", "gradient_accumulation_steps": 3}
+    whole, distributed, give = pair(dialect, "rows", **extra)
+    for step in (0, 5, 0, 5, 0, 5, 0):
+        give(step)
+        params = stepping.params_of(whole), stepping.params_of(distributed)
+        if step == 5:
+            params[0][0].grad[0, 0] = torch.nan
+            if dist.get_rank() == 0:
+                assert params[1][0].grad is not None
+                params[1][0].grad.to_local()[0, 0] = torch.nan
+        whole.step()
+        distributed.step()
+    assert_alike(distributed, whole)
+    assert all(bool(p.isfinite().all()) for p in params[0])
 
 
 @pytest.mark.parametrize("dialect", [HF, KERAS], ids=str)
