@@ -87,8 +87,10 @@ def test_a_training_goes_on_to_the_bit(tmp_path: Path, dialect: Dialect, flat: b
     assert_equal(values(resumed), values(optimizer))
 
 
-@FLAT
-@EACH
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dialect", "flat"), [(TORCH, False), (HF, True), (KERAS, True), (OPTAX, False)], ids=str
+)
 def test_state_is_exact_on_any_number_of_processes(
     tmp_path: Path, dialect: Dialect, flat: bool
 ) -> None:

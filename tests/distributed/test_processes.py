@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests import stepping
 from tests.dialects import DIALECTS, HF, KERAS, TORCH, Dialect
-from tests.distributed.processes import Model, backward, on_processes, shard, train
+from tests.distributed.processes import Model, backward, batch, on_processes, shard, train
 from tests.distributed.ranks import assert_close_part
 
 EACH = pytest.mark.parametrize("dialect", [TORCH, HF, KERAS], ids=str)
@@ -117,6 +117,24 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all() -> None:
     assert still == {"first.weight", "frozen.weight", "frozen.bias"}
     assert optimizer.state[model.first.weight]["step"] == 2
     assert optimizer.state[model.second.weight]["step"] == 3
+
+
+@on_processes(2)
+def test_a_grad_scaler_skips_on_all_processes() -> None:
+    """torch finds the Inf in the part of one process, and tells all."""
+    model = shard(Model(torch.float32), init_device_mesh("cpu", (2,)))
+    # Without the plain one: torch's scaler cannot read both kinds together.
+    optimizer = HF([p for p in model.parameters() if isinstance(p, DTensor)], fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(batch(step, torch.float32)).square().mean()).backward()
+        if step == 1 and torch.distributed.get_rank() == 1:
+            model.first.weight.grad.to_local()[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.state[model.second.weight]["step"] == (1, 1, 2)[step]
+    assert scaler.get_scale() == 4.0
 
 
 # --- steps in the backward pass ------------------------------------------------------------------
