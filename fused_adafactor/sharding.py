@@ -238,7 +238,10 @@ class Processes:
             sums: Of each; the same ones on all processes.
         """
         by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
-        for spec, mine in zip(specs, sums, strict=True):
+        # In the order of the optimizer: what steps come together also depends on plain parameters,
+        # which may be other ones on each process.
+        pairs = zip(specs, sums, strict=True)
+        for spec, mine in sorted(pairs, key=lambda pair: pair[0].id.index):
             for tensor, over in mine:
                 if spec.shard is not None and over:
                     by_group.setdefault((spec.shard.mesh, over), []).append(tensor)

@@ -216,6 +216,29 @@ def test_a_frozen_parameter_is_no_part_of_a_step() -> None:
 
 
 @on_every_rank
+def test_plain_parameters_may_differ_from_process_to_process() -> None:
+    """As experts that one process has alone: what is sent is in one order all the same."""
+    mesh, rank = mesh_of((4,)), dist.get_rank()
+    values = stepping.make_params([(6, 5), (4, 3)], torch.float64)
+    whole = HF(values, backend="reference")
+    parts = [torch.nn.Parameter(p) for p in distribute(values, mesh, [Shard(0)])]
+    (plain,) = stepping.make_params([(2, 2)], torch.float64)
+    optimizer = HF([plain, *parts])
+    for step in range(3):
+        grads = stepping.grad_values(values, step)
+        parted = distribute(grads, mesh, [Shard(0)])
+        for index, (p, q) in enumerate(zip(values, parts, strict=True)):
+            is_there = step > 0 or index == 0  # the second is one step behind
+            p.grad, q.grad = (grads[index], parted[index]) if is_there else (None, None)
+        # On two processes it is at the step of the first, on two at that of the second.
+        plain.grad = torch.ones_like(plain) if step > 0 or rank < 2 else None
+        whole.step()
+        optimizer.step()
+    optimizer.param_groups[0]["params"].remove(plain)
+    assert_close_parts(optimizer, whole, 1e-12)
+
+
+@on_every_rank
 def test_a_process_without_parameters_and_one_with_empty_parts() -> None:
     """The mesh is of two of four processes; the others have nothing, and wait for nobody."""
     rank = dist.get_rank()
