@@ -128,6 +128,8 @@ class Exchange:
         grads: Gradients, never written; none where only averages move.
         skip: Vector of bool: nothing may be written; None if that cannot be. ``FINALIZE`` adds the
             tensors whose rule skips what is not finite, and whose Σ g² is not.
+        present: Vector: how many processes have a gradient; None where nothing is distributed.
+        absent: Vector of bool: none has, and nothing is written. None where all have one here.
         grad_factor: Vector: what clipping by a norm multiplies the gradients by. Set between
             ``STATS`` and ``FINALIZE``; None where nothing is clipped by a norm.
         grad_sq: Vector: Σ g² before any clipping. Set by ``STATS`` where it runs without the rest.
@@ -140,6 +142,8 @@ class Exchange:
 
     grads: Sequence[Tensor]
     skip: Tensor | None = None
+    present: Tensor | None = None
+    absent: Tensor | None = None
     grad_factor: Tensor | None = None
     grad_sq: Tensor | None = None
     param_rms: Tensor | None = None

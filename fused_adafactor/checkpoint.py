@@ -194,7 +194,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                 key = self.layout.key(name)
                 if key not in saved:
                     continue
-                mine = part_of(local_of(torch.as_tensor(saved[key])), entry, spec)
+                mine = part_of(torch.as_tensor(saved[key]), entry, spec, param)
                 state[key] = joiner(param)(adopt(mine, name, entry, spec, self.layout), entry)
                 if name == "step":
                     state[key] = state[key].to(counter_device(group, param))

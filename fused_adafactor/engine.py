@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 
 from fused_adafactor import backends
-from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.binding import Binding, Cohort, Exchange, PartialSum
 from fused_adafactor.counting import Clock
-from fused_adafactor.joining import Counters, Members, initial_skip, join, joins, shared_skips
+from fused_adafactor.joining import (
+    Counters,
+    Members,
+    announce,
+    initial_skip,
+    join,
+    joins,
+    shared_skips,
+    skip_absent,
+    unmoved,
+)
 from fused_adafactor.metrics import Metrics, metrics_of
 from fused_adafactor.plan import (
     Activity,
@@ -51,6 +61,7 @@ class Task:
         state: Its state, complete.
         mirror: Its mirror, or None.
         counter: The step counter that it follows; advanced when the call is done.
+        zeros: What stands for a gradient that is missing here, but maybe not on other processes.
     """
 
     spec: TensorSpec
@@ -60,6 +71,7 @@ class Task:
     state: dict[str, Any]
     counter: Tensor
     mirror: Tensor | None
+    zeros: Tensor | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,7 +83,7 @@ class _Batch:
         activity: What happens to them.
         segments: Of the plan.
         members: Where each belongs.
-        grads: Places of theirs among all gradients; None for all of them, in order.
+        grads: Places of theirs among all gradients, or zeros; None for all of them, in order.
         param_rms: Where RMS(p) is kept, if the dialect does.
         specs: Its tensors.
         owners: The parameters that they are, or are parts of.
@@ -82,7 +94,7 @@ class _Batch:
     activity: Activity
     segments: tuple[tuple[Phase, ...], ...]
     members: Members
-    grads: list[int] | None
+    grads: list[int | Tensor] | None
     param_rms: list[Tensor] | None
     specs: list[TensorSpec]
     owners: list[Tensor]
@@ -91,10 +103,21 @@ class _Batch:
     def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
         """What this step starts with."""
         return Exchange(
-            grads=grads if self.grads is None else [grads[place] for place in self.grads],
+            grads=grads
+            if self.grads is None
+            else [at if isinstance(at, Tensor) else grads[at] for at in self.grads],
             skip=initial_skip(self.members, found_inf),
             wants_param_rms=self.param_rms is not None,
         )
+
+    @property
+    def without_grad(self) -> Activity | None:
+        """What this call does to those of its tensors that have no gradient anywhere."""
+        rules = self.members.rules
+        if not any(rule.moves_without_grad for rule in rules):
+            return None
+        loses = any(rule.loses_without_grad for rule in rules)
+        return Activity.DROP if loses and self.activity is Activity.UPDATE else Activity.AVERAGE
 
     def keep_param_rms(self, exchange: Exchange) -> None:
         """Store RMS(p) where the state of the dialect has it."""
@@ -230,18 +253,23 @@ class Engine:
         parts = [(batch, batch.exchange(grads, found_inf)) for batch in course.batches]
         self._calls += 1
         self._update([part for part in parts if part[0].activity is Activity.UPDATE])
-        _mark_accumulated([part for part in parts if part[0].activity is Activity.ACCUMULATE])
-        skipped = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
+        self._mark_accumulated([part for part in parts if part[0].activity is Activity.ACCUMULATE])
+        skips = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
         for batch, exchange in parts:
-            if batch.executor is None or batch.activity is Activity.UPDATE:
+            if batch.executor is None:
                 continue
-            if skipped is not None and batch.activity is not Activity.ACCUMULATE:
-                # Tensors that had no gradient in this call learn here that it is skipped.
-                members = batch.members
-                exchange.skip = skipped.to(members.device)[members.counter_index]
-            batch.executor.run_activity(batch.activity, exchange)
+            if batch.activity is not Activity.UPDATE:
+                if skips is not None and batch.activity is not Activity.ACCUMULATE:
+                    # Tensors that had no gradient in this call learn here that it is skipped.
+                    members = batch.members
+                    exchange.skip = skips.skipped.to(members.device)[members.counter_index]
+                batch.executor.run_activity(batch.activity, exchange)
+            if exchange.absent is not None and batch.without_grad is not None:
+                assert skips is not None
+                left = Exchange(grads=(), skip=unmoved(batch.members, exchange, skips, found_inf))
+                batch.executor.run_activity(batch.without_grad, left)
         # Last, so that a backend that raises has counted nothing.
-        course.counters.advance(skipped)
+        course.counters.advance(None if skips is None else skips.uncounted)
 
     def _update(self, parts: list[tuple[_Batch, Exchange]]) -> None:
         """Run the phases, and what must be known between them."""
@@ -249,21 +277,51 @@ class Engine:
         if not parts:
             return
         self.grad_sq = None
-        for number in range(len(parts[0][0].segments)):
+        rounds = max(len(batch.segments) for batch, _ in parts)
+        for number in range(rounds):
             if number:
-                distributed = [(b.specs, e.sums) for b, e in parts if e.sums]
-                self._processes.sum(
-                    [spec for specs, _ in distributed for spec in specs],
-                    [mine for _, sums in distributed for mine in sums],
-                )
+                self._sum(parts, with_presence=number == 1)
             if number == 1 and any(batch.members.joined for batch, _ in parts):
                 self.grad_sq = join([(batch.members, exchange) for batch, exchange in parts])
             for batch, exchange in parts:
+                segments = batch.segments
                 assert batch.executor is not None
-                batch.executor.run(batch.segments[number], exchange)
+                # All that writes comes last, after all sums: one that fails has changed nothing.
+                if number == rounds - 1:
+                    batch.executor.run(segments[-1], exchange)
+                elif number < len(segments) - 1:
+                    batch.executor.run(segments[number], exchange)
         for batch, exchange in parts:
             batch.keep_param_rms(exchange)
             batch.updated = self._calls
+
+    def _sum(self, parts: list[tuple[_Batch, Exchange]], with_presence: bool) -> None:
+        """Take the sums over processes, and learn from them what is absent from all."""
+        if with_presence:
+            for batch, exchange in parts:
+                announce(batch.members, exchange)
+        distributed = [(b.specs, e.sums) for b, e in parts if e.sums]
+        self._processes.sum(
+            [spec for specs, _ in distributed for spec in specs],
+            [mine for _, sums in distributed for mine in sums],
+        )
+        if with_presence:
+            for batch, exchange in parts:
+                skip_absent(batch.members, exchange)
+
+    def _mark_accumulated(self, parts: list[tuple[_Batch, Exchange]]) -> None:
+        """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
+        parts = [part for part in parts if part[0].executor is not None]
+        skips = any(batch.members.skips for batch, _ in parts)
+        for batch, exchange in parts:
+            if skips:
+                dtype, over = batch.members.math_dtype, batch.members.over
+                sums = torch.stack([grad.to(dtype).square().sum() for grad in exchange.grads])
+                exchange.grad_sq = sums
+                exchange.sums = [[PartialSum(*each)] for each in zip(sums, over, strict=True)]
+        self._sum(parts, with_presence=True)
+        if skips:
+            join([(batch.members, exchange) for batch, exchange in parts])
 
     def _course(self, prepared: Prepared) -> _Course:
         """The course of a step, made when its activities first come up."""
@@ -280,8 +338,12 @@ class Engine:
         places = {p.spec.id.index: (plan, p) for plan in plans for p in plan.tensors}
         # By cohort, so that what is the same for many tensors is a slice of a vector.
         order = {id(cohort): number for number, cohort in enumerate(prepared.cohorts)}
-        with_grads = [number for number, task in enumerate(tasks) if task.cohort.has_grad]
-        grads = {number: place for place, number in enumerate(with_grads)}
+        with_grads = [n for n, task in enumerate(tasks) if task.cohort.has_grad]
+        given = [number for number in with_grads if tasks[number].zeros is None]
+        grads: dict[int, int | Tensor] = {
+            n: zeros for n in with_grads if (zeros := tasks[n].zeros) is not None
+        }
+        grads |= {number: place for place, number in enumerate(given)}
         batches: dict[Any, list[int]] = {}
         for number, task in sorted(enumerate(tasks), key=lambda pair: order[id(pair[1].cohort)]):
             plan, planned = places[task.spec.id.index]
@@ -300,7 +362,7 @@ class Engine:
         prepared: Prepared,
         numbers: list[int],
         places: dict[int, tuple[Plan, PlannedTensor]],
-        grads: dict[int, int],
+        grads: dict[int, int | Tensor],
     ) -> _Batch:
         tasks = [prepared.tasks[number] for number in numbers]
         bindings = [self.bind(task, places[task.spec.id.index][1]) for task in tasks]
@@ -309,6 +371,7 @@ class Engine:
         if planned.launch is not Launch.EMPTY:
             executor = backends.load(plan.facts.backend).bind(bindings, plan.segments)
         mine = [grads[number] for number in numbers if number in grads]
+        places_here = [place for place in mine if not isinstance(place, Tensor)]
         activity = tasks[0].cohort.activity
         found = [canonical(task.state, task.spec, self.layout, "param_rms") for task in tasks]
         kept = [rms for rms in found if rms is not None]
@@ -319,11 +382,13 @@ class Engine:
             segments=plan.segments,
             members=Members(
                 cohorts=[task.cohort for task in tasks],
+                over=[() if t.spec.shard is None else t.spec.shard.over for t in tasks],
+                given=[task.zeros is None for task in tasks],
                 counters=[prepared.counters[id(task.counter)] for task in tasks],
                 device=planned.spec.device,
                 math_dtype=planned.spec.math_dtype,
             ),
-            grads=None if mine == list(range(len(grads))) else mine,
+            grads=None if places_here == list(range(len(grads))) else mine,
             param_rms=kept if measured and len(kept) == len(tasks) else None,
             specs=[task.spec for task in tasks],
             owners=[task.owner for task in tasks],
@@ -382,17 +447,6 @@ def metrics_of_steps(steps: Sequence[Prepared]) -> dict[Tensor, Metrics]:
 def _grad_scale(cohort: Cohort, grad_scale: Tensor | None) -> Number:
     scale = (-1.0 if cohort.rule.maximize else 1.0) / cohort.rule.grad_divisor
     return scale if grad_scale is None else scale / grad_scale.to(cohort.device, non_blocking=True)
-
-
-def _mark_accumulated(parts: list[tuple[_Batch, Exchange]]) -> None:
-    """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
-    parts = [part for part in parts if part[0].executor is not None]
-    if any(batch.members.skips for batch, _ in parts):
-        for batch, exchange in parts:
-            dtype = batch.members.math_dtype
-            sums = [grad.to(dtype).square().sum() for grad in exchange.grads]
-            exchange.grad_sq = torch.stack(sums)
-        join([(batch.members, exchange) for batch, exchange in parts])
 
 
 def _counters(prepared: Prepared) -> Counters:

@@ -20,7 +20,7 @@ from fused_adafactor.rule import Rule
 from fused_adafactor.spec import local_of
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
+_grad, _dtype, _requires_grad = map(attrgetter, ("grad", "dtype", "requires_grad"))
 
 
 class Fingerprint(NamedTuple):
@@ -92,6 +92,8 @@ def fingerprint_of(
             _placements(grads),
             list(chain.from_iterable(state.values())),
             list(map(Tensor.data_ptr, _parts([*kept, *shared, *mirrors]))),
+            # Without a gradient, a distributed one takes part if it wants one.
+            None if _are_plain(params) else list(map(_requires_grad, params)),
         )
     except (RuntimeError, TypeError):
         return None
@@ -107,5 +109,8 @@ def _placements(tensors: Sequence[Tensor]) -> list[object] | None:
 
 def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this process has of each: a distributed tensor has no address of its own."""
-    plain = set(map(type, tensors)) <= _PLAIN
-    return list(tensors) if plain else list(map(local_of, tensors))
+    return list(tensors) if _are_plain(tensors) else list(map(local_of, tensors))
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return set(map(type, tensors)) <= _PLAIN

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_adafactor.compiling import uncompiled
 from fused_adafactor.partial import PartialOptimizer, refuse_common_norms
+from fused_adafactor.sharding import check_shape
 from fused_adafactor.spec import TensorId
 
 # Gradients wait for others until there are so many bytes of them: stepping these takes longer than
@@ -66,7 +67,9 @@ class BackwardStep:
         params = optimizer._all_params()
         if model is not None:
             _check_model(model, params)
-        _check_params(params, optimizer._find(params))
+        for param, id in zip(params, optimizer._find(params), strict=True):
+            check_shape(id, param)
+            _check_free(id, param)
         self.check_groups(optimizer.param_groups)
         optimizer._refuse_what_joins(optimizer._rules(range(len(optimizer.param_groups))))
         self.watch()
@@ -244,17 +247,12 @@ def _check_model(model: torch.nn.Module, params: Sequence[Tensor]) -> None:
         )
 
 
-def _check_params(params: Sequence[Tensor], ids: Sequence[TensorId]) -> None:
-    for param, id in zip(params, ids, strict=True):
-        reference = _stepped_by.get(param)
-        other = None if reference is None else reference()
-        if other is not None and other._reference() is not None:
-            raise RuntimeError(
-                f"{id} is stepped in the backward pass already, by another optimizer; call "
-                "remove() of the handle that its enable_backward_step returned first"
-            )
-        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
-            raise ValueError(
-                f"{id} is part of a flat parameter of FSDP1, which has lost the shapes that "
-                "Adafactor factors by. Use fully_shard (FSDP2) or DistributedDataParallel"
-            )
+def _check_free(id: TensorId, param: Tensor) -> None:
+    """Refuse a parameter that another handle steps."""
+    reference = _stepped_by.get(param)
+    other = None if reference is None else reference()
+    if other is not None and other._reference() is not None:
+        raise RuntimeError(
+            f"{id} is stepped in the backward pass already, by another optimizer; call remove() of "
+            "the handle that its enable_backward_step returned first"
+        )

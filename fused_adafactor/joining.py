@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Cohort, Exchange
+from fused_adafactor.binding import Cohort, Exchange, PartialSum
 from fused_adafactor.counting import Cells
 from fused_adafactor.rule import GradClipKind, Nonfinite, Rule, StepCount
 
@@ -23,12 +24,16 @@ class Members:
 
     Attributes:
         cohorts: Of each tensor.
+        over: Dimensions of a mesh that each tensor is split over; empty where it is not.
+        given: Whether there is a gradient of it here; other processes may have one all the same.
         counters: Number of the step counter that each tensor follows.
         device: Theirs.
         math_dtype: Theirs.
     """
 
     cohorts: Sequence[Cohort]
+    over: Sequence[tuple[int, ...]]
+    given: Sequence[bool]
     counters: Sequence[int]
     device: torch.device
     math_dtype: torch.dtype
@@ -39,6 +44,9 @@ class Members:
         self.sizes = [size for _, size in runs]
         self.rules = [cohort.rule for cohort, _ in runs]
         self.counter_index = torch.tensor(self.counters, device=self.device)
+        self.presence = None
+        if any(self.over):
+            self.presence = torch.tensor(self.given, dtype=self.math_dtype, device=self.device)
         self.joined = joins(self.rules)
         self.skips = any(rule.nonfinite is Nonfinite.SKIP for rule in self.rules)
 
@@ -88,19 +96,75 @@ def join(parts: Sequence[tuple[Members, Exchange]]) -> Tensor:
     return total_sq
 
 
-def shared_skips(parts: Sequence[tuple[Members, Exchange]], counters: int) -> Tensor | None:
-    """By counter, whether its step is skipped: what shares a counter is skipped together.
+def announce(members: Members, exchange: Exchange) -> None:
+    """Have the gradients counted that there are on all processes, with the next sums."""
+    if members.presence is not None:
+        exchange.present = members.presence.clone()
+        exchange.sums = [
+            [*mine, PartialSum(count, over)]
+            for mine, count, over in zip(
+                exchange.sums or [()] * len(members.over),
+                exchange.present,
+                members.over,
+                strict=True,
+            )
+        ]
+
+
+def skip_absent(members: Members, exchange: Exchange) -> None:
+    """Mark tensors that no process has a gradient of; where all are here, none is asked."""
+    if exchange.present is not None and not all(members.given):
+        exchange.absent = exchange.present == 0
+        skip = exchange.skip
+        exchange.skip = exchange.absent if skip is None else skip | exchange.absent
+
+
+class Skips(NamedTuple):
+    """What becomes of the counters of a call; vectors of bool.
+
+    Attributes:
+        skipped: By counter, whether what follows it is skipped.
+        uncounted: By counter, whether it stays where it is: also where nothing that follows it is
+            present on any process.
+        all_absent: Whether nothing at all is, 0-d: the call is then none.
+    """
+
+    skipped: Tensor
+    uncounted: Tensor
+    all_absent: Tensor
+
+
+def shared_skips(parts: Sequence[tuple[Members, Exchange]], counters: int) -> Skips | None:
+    """What shares a counter is skipped together; what is absent skips nothing else.
 
     Returns:
-        A vector of bool, None if nothing can be skipped.
+        None if nothing can be skipped.
     """
-    skipped = None
+    if all(exchange.skip is None for _, exchange in parts):
+        return None
+    device = parts[0][0].device
+    skipped = torch.zeros(counters, dtype=torch.int32, device=device)
+    there = torch.zeros_like(skipped)
     for members, exchange in parts:
+        present = members.counter_index.new_full(
+            (len(members.cohorts),), members.cohorts[0].has_grad, dtype=torch.int32
+        )
+        if exchange.absent is not None:
+            present = present * ~exchange.absent
+        index = members.counter_index.to(device)
+        there.index_add_(0, index, present.to(device))
         if exchange.skip is not None:
-            mine = torch.zeros(counters, dtype=torch.int32, device=members.device)
-            mine = mine.index_add_(0, members.counter_index, exchange.skip.int()) > 0
-            skipped = mine if skipped is None else skipped | mine.to(skipped.device)
-    return skipped
+            skipped.index_add_(0, index, (present * exchange.skip).to(device))
+    return Skips(skipped > 0, (skipped > 0) | (there == 0), there.sum() == 0)
+
+
+def unmoved(members: Members, exchange: Exchange, skips: Skips, found_inf: Tensor | None) -> Tensor:
+    """What does not move as a tensor without a gradient does: it has one, or all is skipped."""
+    assert exchange.absent is not None
+    stays = ~exchange.absent | skips.skipped.to(members.device)[members.counter_index]
+    initial = initial_skip(members, found_inf)
+    stays = stays | skips.all_absent.to(members.device)
+    return stays if initial is None else stays | initial
 
 
 class Counters:

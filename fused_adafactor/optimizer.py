@@ -142,8 +142,9 @@ class AdafactorBase(PartialOptimizer):
             RuntimeError: A sparse or complex gradient, overlapping memory, or different devices.
             TypeError: A dtype that cannot be stepped, or a DTensor whose sums are still to be
                 taken, or that has another placement than its gradient.
-            ValueError: State that does not fit its parameter, or a hyperparameter out of range. In
-                every case no parameter, state or step counter has been changed.
+            ValueError: State that does not fit its parameter, a parameter that was flattened to be
+                distributed (FSDP1, ZeRO-3), or a hyperparameter out of range. In every case no
+                parameter, state or step counter has been changed.
         """
         self._accelerator_graph_capture_health_check()
         if self._in_backward is not None or self._stepped:
@@ -243,7 +244,8 @@ class AdafactorBase(PartialOptimizer):
         a second gradient. Copies, pickles and state dicts of the optimizer know nothing of this.
         What accumulates several gradients in ``.grad`` cannot be done: use
         ``gradient_accumulation_steps``. ``torch.nn.utils.clip_grad_norm_`` and torch's GradScaler
-        find no gradients.
+        find no gradients. Distributed parameters must get their gradients in the same order on all
+        processes, as under FSDP2.
 
         Args:
             model: What is trained, to find out whether something in it keeps gradients from being

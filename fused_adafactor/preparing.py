@@ -21,7 +21,7 @@ from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.sharding import described, joiner
+from fused_adafactor.sharding import anywhere, described, joiner, zeros_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of
 from fused_adafactor.state import check_state, init_state
 
@@ -30,13 +30,17 @@ Ready = tuple[Prepared, list[Tensor]]  # a step, and the gradients that there ar
 
 
 class Draft(NamedTuple):
-    """A tensor that a step concerns, checked; nothing of it has been changed."""
+    """A tensor that a step concerns, checked; nothing of it has been changed.
+
+    It has a gradient also where zeros stand for one of another process.
+    """
 
     group: dict[str, Any]
     spec: TensorSpec
     rule: Rule
     has_grad: bool
     param: Tensor
+    zeros: Tensor | None
 
 
 class Known(NamedTuple):
@@ -185,16 +189,22 @@ class PreparingOptimizer(CheckpointedOptimizer):
         drafts = []
         for group, param, id in placed:
             rule = self._param_rule(rules[id.group], id, param)
-            if param.grad is None:
-                if not rule.moves_without_grad or not self.state.get(param):
-                    continue
-                rule = rule.without_grad
-            spec = described(id, param, rule, self._mirrors.get(param))
+            zeros = zeros_of(param)
+            has_grad = param.grad is not None or zeros is not None
+            if not has_grad and not (rule.moves_without_grad and self.state.get(param)):
+                continue
+            spec = described(id, param, rule, self._mirrors.get(param), self._stand_in(param))
             check_state(self.state.get(param, {}), spec, rule, self.layout)
             part = local_of(param)
             self._engine.check(spec, part, part if param.grad is None else local_of(param.grad))
-            drafts.append(Draft(group, spec, rule, param.grad is not None, param))
+            drafts.append(Draft(group, spec, rule, has_grad, param, zeros))
         return drafts
+
+    def _stand_in(self, param: Tensor) -> Tensor | None:
+        """What has the dtype of a step without a gradient: what such a step moves."""
+        own = self.state.get(param, {})
+        kept = own.get(self.layout.average, own.get(self.layout.accumulator))
+        return None if kept is None else local_of(kept)
 
     def _commit(
         self, drafts: list[Draft], rules: Mapping[int, Rule], some: Sequence[Placed] | None
@@ -209,7 +219,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         members: dict[Any, tuple[Cohort, list[Draft]]] = {}
         equal: dict[Rule, Rule] = {}
         for draft in drafts:
-            group, spec, rule, has_grad, param = draft
+            group, spec, rule, has_grad, param, _ = draft
             counted = self._counter(group, rule, param)
             call = next_call(group, counted, param)
             # What a device counts is not known here: the counter itself stands for it.
@@ -230,7 +240,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
         clocks = []
         for (cohort, mine), call in zip(members.values(), calls, strict=True):
             counters = {}
-            for group, spec, rule, _, param in mine:
+            for group, spec, rule, _, param, zeros in mine:
                 device = counter_device(group, param)
                 part, join = local_of(param), joiner(param)
                 init_state(self.state[param], spec, rule, self.layout, part, device, join)
@@ -245,6 +255,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
                     state=self.state[param],
                     counter=counted,
                     mirror=self._mirrors.get(param),
+                    zeros=zeros,
                 )
             clocks.append(Clock(list(counters.values()), not isinstance(call, Tensor)))
         prepared = Prepared(
@@ -258,7 +269,8 @@ class PreparingOptimizer(CheckpointedOptimizer):
         found = self._fingerprint(rules, some)
         if found is None:
             return (prepared, grads), None
-        _, params, ids = map(list, zip(*(self._ids() if some is None else some), strict=True))
+        placed = list(self._ids() if some is None else some)
+        params, ids = [param for _, param, _ in placed], [id for *_, id in placed]
         group_rules = [rules[id.group] for id in ids]
         own_rules = self._own_rules(group_rules, ids, params)
         known = Known(prepared, found[0], groups, ids, params, group_rules, own_rules)
@@ -312,9 +324,12 @@ class PreparingOptimizer(CheckpointedOptimizer):
             or any(not _is_zero(group["lr"]) for group in self.param_groups)
         ):
             return False
-        if any(bool(param.grad.any()) for *_, param in drafts if param.grad is not None):
+        params = [draft.param for draft in drafts]
+        found = any(bool(local_of(p.grad).any()) for p in params if p.grad is not None)
+        if anywhere(found, params):
             return False
-        for group, spec, rule, _, param in drafts:
+        for draft in drafts:
+            group, spec, rule, param = draft.group, draft.spec, draft.rule, draft.param
             part, device, join = local_of(param), counter_device(group, param), joiner(param)
             init_state(self.state[param], spec, rule, self.layout, part, device, join)
         return True

@@ -9,7 +9,7 @@ them is ``backends/reference.py``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -129,6 +129,10 @@ class WeightAverage:
         """0 at t = 1, as in Keras."""
         return self.momentum * (1.0 - (t == 1) * t)  # (t == 1) of a tensor would be float32
 
+    def overwrites_at(self, t: Number) -> bool | Tensor:
+        """Whether p takes the value of the average."""
+        return self.overwrite_every is not None and t % self.overwrite_every == 0
+
 
 class Scalars(NamedTuple):
     """The numbers of one step in float64: floats, or 0-d tensors where t or lr is on a device."""
@@ -215,15 +219,12 @@ class Rule:
         return self.weight_average is not None or self.loses_without_grad
 
     @property
-    def without_grad(self) -> Rule:
-        """The rule of a call in which a tensor has no gradient.
+    def overwrites_without_grad(self) -> bool:
+        """Whether the average can be due in a call in which a tensor has no gradient.
 
-        Where it counts its own steps no update is due then, and so no overwriting either.
+        Where it counts its own steps none is taken then, so nothing is due.
         """
-        average = self.weight_average
-        if average is None or self.step_count is StepCount.GLOBAL:
-            return self
-        return replace(self, weight_average=replace(average, overwrite_every=None))
+        return self.step_count is StepCount.GLOBAL
 
     def eps1_of(self, param_dtype: torch.dtype, math_dtype: torch.dtype) -> float:
         """eps1 for one tensor, large enough that no formula divides by zero.

@@ -64,15 +64,23 @@ def shard_of(id: TensorId, param: Tensor) -> Shard | None:
     )
 
 
-def described(id: TensorId, param: Tensor, rule: Rule, mirror: Tensor | None = None) -> TensorSpec:
+def described(
+    id: TensorId,
+    param: Tensor,
+    rule: Rule,
+    mirror: Tensor | None = None,
+    stand_in: Tensor | None = None,
+) -> TensorSpec:
     """What this process has of a parameter and its gradient, checked; see ``spec_of``.
 
-    A parameter without a gradient stands for one.
+    Where there is no gradient, its ``zeros`` stand for one, else what is given, else the parameter.
 
     Raises:
         TypeError: Also where a gradient is not distributed as its parameter is, and for parameters
             of which there are no parts; see ``shard_of``.
+        ValueError: Also where the parameter has lost its shape; see ``check_shape``.
     """
+    check_shape(id, param)
     shard, part = shard_of(id, param), local_of(param)
     if shard is not None and rule.momentum_dtype(param.dtype) is torch.int8:
         raise TypeError(
@@ -80,9 +88,68 @@ def described(id: TensorId, param: Tensor, rule: Rule, mirror: Tensor | None = N
             "single process; use torch.bfloat16"
         )
     if param.grad is None:
-        return spec_of(id, part, part, rule, shard, mirror)
+        given = (zeros_of(param), stand_in, part)
+        grad = next(tensor for tensor in given if tensor is not None)
+        return spec_of(id, part, grad, rule, shard, mirror)
     _check_grad(id, param, param.grad)
     return spec_of(id, part, local_of(param.grad), rule, shard, mirror)
+
+
+def check_shape(id: TensorId, param: Tensor) -> None:
+    """Refuse a parameter whose shape is not what it means.
+
+    Raises:
+        ValueError: It was flattened to be distributed.
+    """
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{id} is part of a flat parameter of FSDP1, which has lost the shapes that Adafactor "
+            "factors by. Use fully_shard (FSDP2) or DistributedDataParallel"
+        )
+    if hasattr(param, "ds_shape"):
+        raise ValueError(
+            f"{id} is a parameter of DeepSpeed's ZeRO-3, which keeps its parts flat and without "
+            "the shapes that Adafactor factors by. Use fully_shard (FSDP2), or ZeRO stage 0"
+        )
+
+
+def zeros_of(param: Tensor) -> Tensor | None:
+    """What stands here for a gradient that another process may have.
+
+    Every process takes part in the sums of a parameter that is split, so that none waits for
+    another. One number in memory, whatever the size.
+
+    Returns:
+        None where the parameter has a gradient, or does not need one from any process.
+    """
+    if param.grad is not None or not param.requires_grad or not _is_split(param):
+        return None
+    part = local_of(param)
+    return torch.zeros((), dtype=part.dtype, device=part.device).expand(part.shape)
+
+
+def _is_split(param: Tensor) -> bool:
+    if not hasattr(param, "placements") or param.numel() == 0:
+        return False
+    tensor = cast(Any, param)
+    sizes = tensor.device_mesh.shape
+    return any(
+        size > 1 and not placement.is_replicate()
+        for size, placement in zip(sizes, tensor.placements, strict=True)
+    )
+
+
+def anywhere(found: bool, params: Iterable[Tensor]) -> bool:
+    """Whether something was found on any process that has parts of these parameters.
+
+    Waits for all of them, and for the device.
+    """
+    for mesh in dict.fromkeys(cast(Any, p).device_mesh for p in params if hasattr(p, "placements")):
+        flag = torch.tensor(float(found), device=mesh.device_type)
+        for axis in range(mesh.ndim):
+            torch.distributed.all_reduce(flag, group=mesh.get_group(axis))
+        found = bool(flag)
+    return found
 
 
 def _check_grad(id: TensorId, param: Tensor, grad: Tensor) -> None:
@@ -112,19 +179,30 @@ def _alone(part: Tensor, entry: Entry) -> Tensor:
 
 def _join(param: Any, part: Tensor, entry: Entry) -> Tensor:
     """A part as a DTensor; one that no dimension of is split is the same on all processes."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor
 
     if not entry.shape:
         return part
-    mesh = param.device_mesh
-    placements: list[Any] = [Replicate() for _ in range(mesh.ndim)]
+    whole = torch.empty(entry.shape, device="meta")
+    return DTensor.from_local(
+        part,
+        param.device_mesh,
+        _placements(param, entry),
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def _placements(param: Any, entry: Entry) -> tuple[Any, ...]:
+    """How an entry is distributed: where it has a dimension of its parameter, as that is."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements: list[Any] = [Replicate() for _ in range(param.device_mesh.ndim)]
     for dim, axes in enumerate(entry.split):
         for axis in axes:
             placements[axis] = _moved(param.placements[axis], dim, Shard)
-    whole = torch.empty(entry.shape, device="meta")
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    return tuple(placements)
 
 
 def _moved(placement: Any, dim: int, plain: Any) -> Any:
@@ -134,8 +212,20 @@ def _moved(placement: Any, dim: int, plain: Any) -> Any:
     return type(placement)(dim, split_factor=placement.split_factor)
 
 
-def part_of(value: Tensor, entry: Entry, spec: TensorSpec) -> Tensor:
-    """What this process has of a loaded entry that is whole."""
+def part_of(value: Tensor, entry: Entry, spec: TensorSpec, param: Tensor) -> Tensor:
+    """What this process has of a loaded entry, which may be whole, or distributed in any way.
+
+    One that is distributed in another way than its parameter is gathered first, by all processes.
+    """
+    if hasattr(value, "placements"):
+        loaded, tensor = cast(Any, value), cast(Any, param)
+        if (
+            spec.shard is not None
+            and loaded.device_mesh == tensor.device_mesh
+            and tuple(loaded.placements) == _placements(tensor, entry)
+        ):
+            return local_of(value)
+        value = cast(Tensor, loaded.full_tensor())
     if spec.shard is None or tuple(value.shape) != entry.shape:
         return value
     for dim, axes in enumerate(entry.split):
@@ -160,7 +250,10 @@ class Processes:
             sums: Of each; the same ones on all processes.
         """
         by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
-        for spec, mine in zip(specs, sums, strict=True):
+        # In the order of the optimizer: what steps come together also depends on plain parameters,
+        # which may be other ones on each process.
+        pairs = zip(specs, sums, strict=True)
+        for spec, mine in sorted(pairs, key=lambda pair: pair[0].id.index):
             for tensor, over in mine:
                 if spec.shard is not None and over:
                     by_group.setdefault((spec.shard.mesh, over), []).append(tensor)

@@ -256,12 +256,7 @@ def check_state(
             raise ValueError(
                 f"state {key!r} of {spec.id} is {type(value).__name__}; expected a tensor"
             )
-        if tuple(value.shape) != entry.shape:
-            raise ValueError(
-                f"state {key!r} of {spec.id} has shape {tuple(value.shape)}; expected "
-                f"{entry.shape} for a parameter of shape {spec.shape}. Is this the checkpoint of "
-                "another model or optimizer?"
-            )
+        _check_shape(f"state {key!r} of {spec.id}", value, entry, spec, any_device)
         if name not in ("step", "param_rms") and not _is_kind_of(value.dtype, entry.dtype):
             raise ValueError(
                 f"state {key!r} of {spec.id} has dtype {value.dtype}; expected {entry.dtype}"
@@ -275,6 +270,23 @@ def check_state(
                 f"{spec.device}; "
                 "load_state_dict moves the state to the parameters"
             )
+
+
+def _check_shape(what: str, value: Tensor, entry: Entry, spec: TensorSpec, loaded: bool) -> None:
+    """The shape of the whole entry, and of what this process has, unless that is still to come."""
+    if tuple(value.shape) != entry.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)}; expected "
+            f"{entry.shape} for a parameter of shape {spec.whole}. Is this the checkpoint of "
+            "another model or optimizer?"
+        )
+    part = tuple(local_of(value).shape)
+    if part != entry.part and not loaded:
+        raise ValueError(
+            f"{what} has shape {part} on this process; expected {entry.part}, the part of "
+            f"{entry.shape} that goes with the parameter's. load_state_dict distributes state as "
+            "the parameters are"
+        )
 
 
 def canonical(

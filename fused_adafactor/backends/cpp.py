@@ -257,7 +257,8 @@ class _Executor:
                 for number, geometry in enumerate(self.geometries)
                 for slab in range(geometry.slabs)
             )
-        self._execute(self.items[kind], exchange, reports=False)
+        idle = activity in (Activity.AVERAGE, Activity.DROP)
+        self._execute(self.items[kind], exchange, reports=False, idle=idle)
 
     def outcome(self) -> Outcome:
         """What the last update has found out."""
@@ -269,9 +270,11 @@ class _Executor:
             if skip is None or not skip[number]:
                 accumulator.zero_()
 
-    def _execute(self, items: ctypes.Array[_Item], exchange: Exchange, reports: bool) -> None:
-        """Hand items to the library."""
-        self._send_numbers()
+    def _execute(
+        self, items: ctypes.Array[_Item], exchange: Exchange, reports: bool, idle: bool = False
+    ) -> None:
+        """Hand items to the library; ``idle`` where the tensors have no gradients."""
+        self._send_numbers(idle)
         grads = self._laid_out(exchange.grads)
         addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
         if grads and 0 in addresses:
@@ -295,11 +298,13 @@ class _Executor:
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
 
-    def _send_numbers(self) -> None:
+    def _send_numbers(self, idle: bool) -> None:
         """Fill in the rules' numbers of this step."""
         scales = [float(cohort.grad_scale) for cohort, _ in self.cohorts]
         for record, (cohort, eps1) in zip(self.rules, self.cohorts, strict=True):
             _fill_rule(record, cohort, eps1)
+            if idle and not cohort.rule.overwrites_without_grad:
+                record.overwrite_with_average = 0
         if scales != self.grad_scales:
             for tensor in self.tensors:
                 tensor.grad_scale = scales[tensor.rule]
@@ -412,8 +417,7 @@ def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
     if average is not None:
         t = float(scalars.t)
         record.average_momentum = float(average.momentum_at(t))
-        every = average.overwrite_every
-        record.overwrite_with_average = every is not None and t % every == 0
+        record.overwrite_with_average = bool(average.overwrites_at(t))
     if decay is not None:
         record.decay_coefficient = decay.coefficient
         record.decay_factor = _DECAYS[decay.factor]

@@ -106,7 +106,8 @@ class _Executor:
                 accumulate(b)
             elif activity is Activity.DROP and b.accumulator is not None:
                 _write(b, b.accumulator, torch.zeros_like(b.accumulator))
-            average(b)
+            idle = activity in (Activity.AVERAGE, Activity.DROP)
+            average(b, may_overwrite=not idle or b.rule.overwrites_without_grad)
 
     def outcome(self) -> Outcome:
         device = self.bindings[0].param.device
@@ -279,7 +280,7 @@ def accumulate(b: _Work) -> None:
     _write(b, b.accumulator, b.accumulator + b.grad.to(b.accumulator.dtype) * b.grad_scale)
 
 
-def average(b: _Work) -> None:
+def average(b: _Work, may_overwrite: bool = True) -> None:
     """Move the EMA of the weights: avg ← momentum avg + (1 - momentum) p, p as it is stored.
 
     momentum is 0 at t = 1, as in Keras.
@@ -291,8 +292,8 @@ def average(b: _Work) -> None:
     momentum = rule.momentum_at(t)
     param = _read(b, b.param)
     _write(b, b.average, momentum * _read(b, b.average) + (1 - momentum) * param)
-    if rule.overwrite_every is not None:
-        due = t % rule.overwrite_every == 0
+    if rule.overwrite_every is not None and may_overwrite:
+        due = rule.overwrites_at(t)
         _write_if(b, due, b.param, b.average)
         if b.mirror is not None:
             _write_if(b, due, b.mirror, round_nearest(_read(b, b.param), b.mirror.dtype))

@@ -32,34 +32,44 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
 
 
 class Ranks(MultiThreadedTestCase):
-    """A test whose body runs in each of four threads, as in a process."""
+    """A test whose body runs in each of some threads, as in a process."""
+
+    world = WORLD
 
     @property
     def world_size(self) -> int:
-        return WORLD
+        return self.world
 
     def runTest(self) -> None:
-        """What unittest asks for; the body is given to ``on_every_rank``."""
+        """What unittest asks for; the body is given to ``on_ranks``."""
 
 
-def on_every_rank(body: Callable[..., None]) -> Callable[..., None]:
-    """Run a test in four threads that stand for processes; all must pass."""
+def on_ranks(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test in threads that stand for so many processes; all must pass."""
 
-    @functools.wraps(body)
-    def test(*args: Any, **kwargs: Any) -> None:
-        class Case(Ranks):
-            def runTest(self) -> None:
-                body(*args, **kwargs)
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(*args: Any, **kwargs: Any) -> None:
+            class Case(Ranks):
+                world = count
 
-        case = Case("runTest")
-        case.setUp()
-        try:
-            case._spawn_threads()
-            case.runTest()
-        finally:
-            case.tearDown()
+                def runTest(self) -> None:
+                    body(*args, **kwargs)
 
-    return test
+            case = Case("runTest")
+            case.setUp()
+            try:
+                case._spawn_threads()
+                case.runTest()
+            finally:
+                case.tearDown()
+
+        return test
+
+    return decorate
+
+
+on_every_rank = on_ranks(WORLD)
 
 
 def mesh_of(sizes: tuple[int, ...]) -> DeviceMesh:

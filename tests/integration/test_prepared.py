@@ -36,9 +36,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Every tensor that a step has looked at the long way."""
     calls: list[Any] = []
-    described = preparing.described
+    describe = preparing.described
     monkeypatch.setattr(
-        preparing, "described", lambda id, *args: (calls.append(id), described(id, *args))[1]
+        preparing, "described", lambda id, *args: (calls.append(id), describe(id, *args))[1]
     )
     return calls
 

@@ -250,7 +250,8 @@ class Executor:
         """Run an activity that has no update."""
         if activity is Activity.DROP:
             self._drop_accumulated(exchange.skip)
-        self._launch(self.launches_of_activity(activity), exchange)
+        idle = activity in (Activity.AVERAGE, Activity.DROP)
+        self._launch(self.launches_of_activity(activity), exchange, idle)
 
     def outcome(self) -> Outcome:
         """What the last update has found out."""
@@ -334,7 +335,7 @@ class Executor:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return processors * self.tuning.programs_per_processor
 
-    def _launch(self, launches: Sequence[Launch], exchange: Exchange) -> None:
+    def _launch(self, launches: Sequence[Launch], exchange: Exchange, idle: bool = False) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
         if reduce(or_, addresses, 0) % 16:
@@ -346,7 +347,7 @@ class Executor:
         with _current(self.device):
             for launch, arguments in calls:
                 launch.compile(arguments, self.options)
-            self._send(addresses)
+            self._send(addresses, idle)
             for launch, arguments in calls:
                 launch.start(arguments, self.options)
         self._stay_while_captured()
@@ -398,10 +399,10 @@ class Executor:
             options["maxnreg"] = 255
         return options
 
-    def _send(self, addresses: Sequence[int]) -> None:
-        """What is new in this step."""
+    def _send(self, addresses: Sequence[int], idle: bool) -> None:
+        """What is new in this step; ``idle`` where the tensors have no gradients."""
         self.grads.send(addresses or [0] * len(self.params))
-        self.numbers.send_mixed([x for cohort in self.cohorts for x in numbers_row(*cohort)])
+        self.numbers.send_mixed([x for cohort in self.cohorts for x in numbers_row(*cohort, idle)])
         if any(group.traits.draws for group in self.groups):
             self.integers.send_mixed(
                 [x for cohort, _ in self.cohorts for x in integers_row(cohort)]

@@ -77,8 +77,14 @@ def _block_line(geometry: Geometry) -> int:
     return geometry.matrix[1] if geometry.form is Form.TINY else geometry.cols
 
 
-def numbers_row(cohort: Cohort, eps1: float) -> list[Number]:
-    """The numbers of a rule at this step, floats or 0-d tensors of the device."""
+def numbers_row(cohort: Cohort, eps1: float, idle: bool) -> list[Number]:
+    """The numbers of a rule at this step, floats or 0-d tensors of the device.
+
+    Args:
+        cohort: Of tensors.
+        eps1: Theirs.
+        idle: They have no gradients in this call.
+    """
     row: list[Number] = [0.0] * f.NUMBERS.value
     rule, scalars = cohort.rule, cohort.scalars
 
@@ -109,8 +115,8 @@ def numbers_row(cohort: Cohort, eps1: float) -> list[Number]:
         momentum = average.momentum_at(scalars.t)
         put(f.AVERAGE_MOMENTUM, momentum)
         put(f.AVERAGE_REST, 1.0 - momentum)
-        if average.overwrite_every is not None:
-            put(f.OVERWRITE, 1.0 * (scalars.t % average.overwrite_every == 0))
+        if not idle or rule.overwrites_without_grad:
+            put(f.OVERWRITE, 1.0 * average.overwrites_at(scalars.t))
     if decay is not None:
         put(f.DECAY_BEFORE_RMS, float(decay.before_rms))
         if decay.factor is DecayFactor.ALPHA:
