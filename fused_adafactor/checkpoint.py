@@ -20,7 +20,7 @@ from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.counting import check_count, counter, counter_device
 from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
-from fused_adafactor.sharding import joiner, part_of, shard_of
+from fused_adafactor.sharding import joiner, part_of, refuse_blocks, shard_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import StateLayout, adopt, check_state, entries_of, with_moment_of
 
@@ -148,7 +148,25 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                 {**ours, **{key: value for key, value in theirs.items() if not callable(value)}}
                 for ours, theirs in zip(kept, groups, strict=True)
             ]
-        return {**loaded, "param_groups": groups}
+        return self._in_calls({**loaded, "param_groups": groups}, loaded["param_groups"])
+
+    def _in_calls(self, completed: StateDict, theirs: list[dict[str, Any]]) -> StateDict:
+        """Counts of updates as counts of calls, where the loaded groups accumulate nothing.
+
+        A peer has counted updates; with ``gradient_accumulation_steps`` ours counts calls.
+        """
+        groups, state, key = [], dict(completed["state"]), self.layout.step
+        for group, saved in zip(completed["param_groups"], theirs, strict=False):
+            calls = group.get("gradient_accumulation_steps") or 1
+            if calls == 1 or "gradient_accumulation_steps" in saved:
+                groups.append(group)
+                continue
+            groups.append({**group, "step": group["step"] * calls} if "step" in saved else group)
+            for number in saved["params"]:
+                own = state.get(number, {})
+                if key in own:
+                    state[number] = {**own, key: own[key] * calls}
+        return {**completed, "param_groups": groups, "state": state}
 
     def _loaded(self, source: StateDict) -> Iterable[_Loaded]:
         """Every parameter that has loaded state; the groups of ``source`` are complete."""
@@ -159,6 +177,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                 if number in source["state"] and id(param) in ids:
                     own = self._param_rule(rule, ids[id(param)], param)
                     part, shard = local_of(param), shard_of(ids[id(param)], param)
+                    refuse_blocks(ids[id(param)], shard, param, own)
                     spec = spec_of(ids[id(param)], part, part, own, shard)
                     yield _Loaded(number, saved, source["state"][number], param, spec, own)
 

@@ -82,17 +82,26 @@ def described(
     """
     check_shape(id, param)
     shard, part = shard_of(id, param), local_of(param)
-    if shard is not None and rule.momentum_dtype(param.dtype) is torch.int8:
-        raise TypeError(
-            f"{id} is distributed, and blocks of momentum_dtype=torch.int8 would not be those of a "
-            "single process; use torch.bfloat16"
-        )
+    refuse_blocks(id, shard, param, rule)
     if param.grad is None:
         given = (zeros_of(param), stand_in, part)
         grad = next(tensor for tensor in given if tensor is not None)
         return spec_of(id, part, grad, rule, shard, mirror)
     _check_grad(id, param, param.grad)
     return spec_of(id, part, local_of(param.grad), rule, shard, mirror)
+
+
+def refuse_blocks(id: TensorId, shard: Shard | None, param: Tensor, rule: Rule) -> None:
+    """Refuse a first moment of 8 bits of a distributed parameter.
+
+    Raises:
+        TypeError: It would be one.
+    """
+    if shard is not None and rule.momentum_dtype(param.dtype) is torch.int8:
+        raise TypeError(
+            f"{id} is distributed, and blocks of momentum_dtype=torch.int8 would not be those of a "
+            "single process; use torch.bfloat16"
+        )
 
 
 def check_shape(id: TensorId, param: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -125,6 +125,20 @@ class TensorSpec:
         if self.view is None or self.shard is None:
             return self.view
         return self.view.part(self.shard.whole)
+
+    def of_whole(self) -> TensorSpec:
+        """The whole parameter, row-major, as one process would have it."""
+        if self.shard is None:
+            return self
+        strides = torch.empty(self.whole, device="meta").stride()
+        return replace(
+            self,
+            shape=self.whole,
+            param_strides=strides,
+            grad_strides=strides,
+            view=self.whole_view,
+            shard=None,
+        )
 
     @property
     def rows_over(self) -> tuple[int, ...]:

@@ -278,7 +278,8 @@ def _check_shape(what: str, value: Tensor, entry: Entry, spec: TensorSpec, loade
         raise ValueError(
             f"{what} has shape {tuple(value.shape)}; expected "
             f"{entry.shape} for a parameter of shape {spec.whole}. Is this the checkpoint of "
-            "another model or optimizer?"
+            "another model or optimizer, or has the parameter's memory layout changed? "
+            "load_state_dict lays state out as it must be"
         )
     part = tuple(local_of(value).shape)
     if part != entry.part and not loaded:
@@ -342,6 +343,7 @@ def with_moment_of(
     lie along rows where this parameter's lie along columns, or the other way round, are rounded
     once more. Everything else passes as it is, also what does not fit: ``check_state`` names it.
     """
+    spec = spec.of_whole()  # as it is saved; parts are taken of the result
     entry = entries_of(spec, rule, layout).get("exp_avg")
     value, scale = state.get(layout.exp_avg), state.get(layout.exp_avg_scale)
     if entry is None or not isinstance(value, Tensor) or tuple(value.shape) != entry.shape:

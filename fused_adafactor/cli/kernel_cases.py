@@ -48,6 +48,12 @@ RULES: Mapping[str, Mapping[str, Arguments]] = {
         "no_parameter_scale": {"scale_parameter": False, "relative_step": False, "lr": 1e-3},
         "momentum": {"beta1": 0.9},
         "momentum_skip": {"beta1": 0.9, "nonfinite": "skip"},
+        "low_state": {
+            "beta1": 0.9,
+            "momentum_dtype": I8,
+            "state_dtype": BF16,
+            "max_grad_norm": 1.0,
+        },
         "momentum_of_8_bits": {"beta1": 0.9, "momentum_dtype": I8},
     },
     "adafactor_pytorch": {

@@ -142,3 +142,38 @@ def test_a_threshold_that_is_no_number_is_refused(key: str) -> None:
     for dialect in (HF, KERAS):
         with pytest.raises(ValueError, match=f"{key} must be a number or None"):
             dialect(stepping.make_params(SHAPES), **{key: float("nan")})
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_peers_count_is_one_of_updates(k: int) -> None:
+    """And ours, with accumulation, one of calls: the next update is the peer's next step."""
+    theirs = torch.optim.Adafactor(stepping.make_params(SHAPES, torch.float64))
+    stepping.take_steps(theirs, 3)
+    ours = TORCH(stepping.clone_params(stepping.params_of(theirs)), gradient_accumulation_steps=k)
+    ours.load_state_dict(theirs.state_dict())
+    assert {float(own["step"]) for own in ours.state.values()} == {3.0 * k}
+    grads = stepping.grad_values(stepping.params_of(theirs), 3)
+    for _ in range(k):
+        for p, g in zip(stepping.params_of(ours), grads, strict=True):
+            p.grad = g.clone()
+        ours.step()
+    stepping.take_steps(theirs, 1, start=3)
+    for p, q in zip(*map(stepping.params_of, (ours, theirs)), strict=True):
+        stepping.assert_close(p, q, 1e-12, "parameter")
+    again = TORCH(stepping.make_params(SHAPES, torch.float64), gradient_accumulation_steps=k)
+    again.load_state_dict(ours.state_dict())
+    assert {float(own["step"]) for own in again.state.values()} == {4.0 * k}
+
+
+def test_a_call_without_a_gradient_has_the_dtype_of_what_it_moves() -> None:
+    """The average of a float32 parameter with float64 gradients is float64."""
+    param = torch.nn.Parameter(torch.ones(6, 5))
+    param.grad_dtype = None
+    other = torch.nn.Parameter(torch.ones(3))
+    optimizer = HF([param, other], use_ema=True)
+    param.grad = torch.ones(6, 5, dtype=torch.float64)
+    other.grad = torch.ones(3)
+    optimizer.step()
+    param.grad = None
+    optimizer.step()
+    assert optimizer.state[param]["average"].dtype is torch.float64
