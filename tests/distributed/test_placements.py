@@ -259,3 +259,25 @@ def test_what_is_reshaped_has_no_parts() -> None:
     unfactored = ADAFACTOR_PYTORCH([param], enable_factorization=False)
     unfactored.step()
     assert unfactored.state[param]
+
+
+@on_every_rank
+def test_a_whole_moment_of_8_bits_loads_as_numbers() -> None:
+    """From one process to several, which have no blocks of 8 bits: as what these stand for."""
+    params = stepping.make_params([(13, 7), (5,)])
+    whole = HF(params, beta1=0.9, momentum_dtype=torch.int8)
+    stepping.take_steps(whole, 2)
+    saved = whole.state_dict()
+    mesh = mesh_of((4,))
+    parts = [torch.nn.Parameter(p) for p in distribute(params, mesh, [Shard(0)])]
+    refused = HF(parts, beta1=0.9)
+    with pytest.raises(TypeError, match=r"torch\.int8"):
+        refused.load_state_dict(saved)
+    for group in saved["param_groups"]:
+        group["momentum_dtype"] = None
+    distributed = HF(parts, beta1=0.9)
+    distributed.load_state_dict(saved)
+    single = HF(stepping.clone_params(params), beta1=0.9)
+    single.load_state_dict(saved)
+    for p, q in zip(parts, stepping.params_of(single), strict=True):
+        assert_close_part(distributed.state[p]["exp_avg"], single.state[q]["exp_avg"], 0.0, "m")
