@@ -235,7 +235,6 @@ class CPUOffload(torch.optim.Optimizer):
         for group, own in zip(groups, host.param_groups, strict=True):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)  # as the dialect completes a group that was replaced
-            own.clear()
             own.update({key: _on_host(value) for key, value in group.items()})
             own["params"] = [self._pairs[param].master for param in group["params"]]
         for param, pair in self._pairs.items():

@@ -505,6 +505,17 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert all(p.grad is not None for p in params[4:])  # which are none of the optimizer's
 
 
+def test_a_group_whose_masters_cannot_be_rounded_is_not_added() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(params[:4], master_dtype=F16)
+    with pytest.raises(ValueError, match="rounding='stochastic' is not available"):
+        ours.add_param_group({"params": params[4:], "rounding": "stochastic"})
+    assert len(ours.param_groups) == len(ours._host.param_groups) == 1
+    ours.add_param_group({"params": params[4:]})
+    take(ours, range(1))
+    assert set(ours.state) == set(params)
+
+
 def test_a_group_that_nobody_added_is_refused() -> None:
     params = stepping.make_params(SHAPES, BF16)
     ours = offloaded(params[:4])
@@ -910,6 +921,20 @@ def test_late_copies_are_waited_for(
     )
     assert sent == expected
     assert all(map(same_bits, params, slow.params))
+
+
+def test_averages_wait_for_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "Lane", LateLane)
+    params = stepping.make_params(((6, 5),), BF16)
+    ours: Any = offloaded(params, use_ema=True, ema_momentum=0.5, lr=0.1)
+    take(ours, range(2))
+    stepped = masters_of(ours)[0].detach().to(BF16)
+    ours.finalize_variable_values()
+    _, back = ours._lanes_of(params[0])
+    assert [same_bits(sent, stepped) for sent in back.log] == [False, True]
+    back.catch_up(3)
+    assert same_bits(params[0], ours.state[params[0]]["average"].to(BF16))
+    assert not same_bits(params[0], stepped)
 
 
 def test_a_steady_step_allocates_nothing_big() -> None:
