@@ -10,9 +10,11 @@ somebody has changed it, and the master starts from it anew.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, overload
+from itertools import chain
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -20,11 +22,13 @@ from torch.optim.optimizer import ParamsT, StateDict
 from typing_extensions import override
 
 from fused_adafactor.checkpoint import ids_of, without_functions
+from fused_adafactor.counting import Cells
+from fused_adafactor.fingerprint import Fingerprint
 from fused_adafactor.joining import joins
 from fused_adafactor.metrics import Metrics
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.rounding import Rounding, is_rounding_of
-from fused_adafactor.spec import DTYPES, TensorId, check_kinds, spec_of
+from fused_adafactor.spec import DTYPES, TensorId, check_kinds, local_of, spec_of
 from fused_adafactor.transfers import Lane, Pair, host_memory, wait_for
 
 MASTER = "master"  # its key in the state of a parameter
@@ -58,6 +62,10 @@ class CPUOffload(torch.optim.Optimizer):
     A parameter that you change yourself (load weights, clamp, swap in an average) is noticed by
     its version at the next ``step()``, and what is different there goes into the master. Changes
     through ``.data`` have no version: call ``sync_from_parameters()`` after them.
+
+    A parameter or a group that you take out of ``param_groups`` is let go, with its master and its
+    state, at the next ``step()``. ``optimizer.state = defaultdict(dict)`` starts anew from the
+    masters as they are; to add a parameter, call ``add_param_group``.
     """
 
     def __init__(
@@ -83,14 +91,15 @@ class CPUOffload(torch.optim.Optimizer):
         self._pairs: dict[Tensor, Pair] = {}
         # To the host, and back.
         self._lanes: dict[torch.device, tuple[Lane, Lane]] = {}
-        self._checked: list[Tensor] | None = None
+        self._checked: Fingerprint | None = None
         self._inner: AdafactorBase | None = None
         self.offload_gradients, self.master_dtype = offload_gradients, master_dtype
         super().__init__(params, {})
-        groups = [self._mastered(group) for group in self.param_groups]
+        groups = [self._mastered(group, group) for group in self.param_groups]
         self._inner = optimizer_class(groups, **kwargs)
         self.defaults = self._inner.defaults
-        self._adopt_pairs()
+        self._make_mirrors()
+        self._show_groups()
 
     # --- param groups -----------------------------------------------------------------------------
 
@@ -109,6 +118,10 @@ class CPUOffload(torch.optim.Optimizer):
             TypeError: A parameter of a dtype that is not stepped, or a DTensor.
             ValueError: A hyperparameter of the group is out of range.
         """
+        if self._inner is not None:
+            self._send()
+        # The defaults are the dialect's to add, which also knows other names for its keys.
+        keys = list(param_group) if isinstance(param_group, dict) else []
         super().add_param_group(param_group)
         before = dict(self._pairs)
         try:
@@ -116,25 +129,34 @@ class CPUOffload(torch.optim.Optimizer):
                 if param not in self._pairs:
                     self._check_param(id, param)
             if self._inner is not None:
-                self._inner.add_param_group(self._mastered(self.param_groups[-1]))
-                self._adopt_pairs()
+                self._inner.add_param_group(self._mastered(self.param_groups[-1], keys))
+                self._make_mirrors()
+                self._show_groups(first=len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             self._pairs = before
+            if self._inner is not None:
+                del self._inner.param_groups[len(self.param_groups) :]
             raise
 
     def _check_param(self, id: TensorId, param: Tensor) -> None:
         check_kinds(id, param, param)
+        if local_of(param) is not param:
+            raise TypeError(
+                f"{id} is a DTensor, of which CPUOffload makes no masters. Let FSDP2 keep its "
+                "parts on the CPU, fully_shard(..., offload_policy=CPUOffloadPolicy()), and give "
+                "the parameters to the dialect itself"
+            )
         if param.is_meta:
             raise RuntimeError(
                 f"{id} is on the meta device and has no values; materialize it before it is "
                 "offloaded"
             )
 
-    def _mastered(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A param group of the masters of a group's parameters, which are made if need be."""
+    def _mastered(self, group: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+        """These keys of a param group, and the masters of its parameters, made if need be."""
         masters: list[Any] = [self._master_of(param) for param in group["params"]]
-        own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        own = {key: group[key] for key in keys if key not in ("params", "param_names")}
         if "param_names" in group:
             masters = list(zip(group["param_names"], masters, strict=True))
         return {**own, "params": masters}
@@ -171,9 +193,8 @@ class CPUOffload(torch.optim.Optimizer):
 
         param.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
 
-    def _adopt_pairs(self) -> None:
-        """Give every new pair its mirror, and show what the groups of the CPU's optimizer have."""
-        mirrors = {}
+    def _make_mirrors(self) -> None:
+        """Give every new pair its mirror, laid out as the CPU's optimizer will write it."""
         for (_, param, _), (own, master, id) in zip(
             ids_of(self.param_groups), self._host._ids(), strict=True
         ):
@@ -182,37 +203,63 @@ class CPUOffload(torch.optim.Optimizer):
                 rule = self._host._param_rule(self._host._rule(own), id, master)
                 strides = spec_of(id, master, master, rule).state_strides
                 pair.mirror = host_memory(param.shape, strides, param.dtype, param.device)
-            mirrors[master] = pair.mirror
-        self._host._mirrors = mirrors
-        self._show_groups()
-        self._show_state()
+        self._send_mirrors()
 
-    def _send_groups(self) -> None:
-        """Tell the CPU's optimizer what the user has made of the param groups."""
-        if len(self.param_groups) != len(self._host.param_groups):
-            self._refuse_new_params()
-        for group, own in zip(self.param_groups, self._host.param_groups, strict=True):
-            if any(param not in self._pairs for param in group["params"]):
-                self._refuse_new_params()
-            own.update({key: _on_host(v) for key, v in group.items() if key != "params"})
+    def _send_mirrors(self) -> None:
+        mirrors = {pair.master: pair.mirror for pair in self._pairs.values()}
+        self._host._mirrors = {m: mirror for m, mirror in mirrors.items() if mirror is not None}
+
+    def _send(self) -> None:
+        """Tell the CPU's optimizer what the user has made of the param groups and of the state.
+
+        Raises:
+            ValueError: A group or a parameter that nobody has added.
+        """
+        groups, host = self.param_groups, self._host
+        present = dict.fromkeys(chain.from_iterable(group["params"] for group in groups))
+        if len(groups) > len(host.param_groups) or any(
+            param not in self._pairs for param in present
+        ):
+            raise ValueError(
+                "param_groups has groups or parameters that have no master; add them by "
+                "add_param_group"
+            )
+        gone = [pair for param, pair in self._pairs.items() if param not in present]
+        for pair in gone:
+            del self._pairs[pair.param]
+            self.state.pop(pair.param, None)
+            host.state.pop(pair.master, None)
+        if gone:
+            self._send_mirrors()
+        del host.param_groups[len(groups) :]
+        for group, own in zip(groups, host.param_groups, strict=True):
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)  # as the dialect completes a group that was replaced
+            own.update({key: _on_host(value) for key, value in group.items()})
             own["params"] = [self._pairs[param].master for param in group["params"]]
+        for param, pair in self._pairs.items():
+            if self.state.get(param):
+                host.state[pair.master] = self.state[param]
+            else:
+                host.state.pop(pair.master, None)
 
-    def _refuse_new_params(self) -> NoReturn:
-        raise ValueError(
-            "param_groups has groups or parameters that have no master; add them by add_param_group"
-        )
+    def _show_groups(self, first: int = 0) -> None:
+        """Let our param groups be those of the CPU's optimizer, but for their parameters.
 
-    def _show_groups(self) -> None:
-        """Let our param groups be those of the CPU's optimizer, but for their parameters."""
-        for group, own in zip(self.param_groups, self._host.param_groups, strict=True):
+        Args:
+            first: Number of the first of them.
+        """
+        groups, owns = self.param_groups[first:], self._host.param_groups[first:]
+        for group, own in zip(groups, owns, strict=True):
             params = group["params"]
             group.clear()
             group.update({**own, "params": params})
 
     def _show_state(self) -> None:
-        """Show the state of the CPU's optimizer as that of the parameters."""
+        """Show the state and the counters of the CPU's optimizer as those of the parameters."""
         for group, own in zip(self.param_groups, self._host.param_groups, strict=True):
-            group.update({key: own[key] for key in ("step",) if key in own})
+            if "step" in own:
+                group["step"] = own["step"]
         for param, pair in self._pairs.items():
             kept = self._host.state.get(pair.master)
             if kept:
@@ -224,7 +271,7 @@ class CPUOffload(torch.optim.Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step":  # that is a scheduler
             try:
-                self._send_groups()
+                self._send()
                 self._host._check_schedulable()
             except ValueError:
                 for group in self.param_groups:
@@ -266,23 +313,21 @@ class CPUOffload(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._send_groups()
+        self._send()
         pairs = self._gather()
         try:
             for pair in pairs:
                 pair.master.grad = pair.grad
-            self._check(pairs)
+            self._check()
             self._sync([pair for pair in self._pairs.values() if pair.has_changed])
             self._step_on_host(pairs)
-            for pair in pairs:
-                pair.has_grad = False
         finally:
             for pair in pairs:
                 pair.master.grad = None
                 pair.has_grad = pair.has_grad and self.offload_gradients  # else .grad has it
             for _, lane in self._lanes.values():
                 lane.lead()
-        self._show_state()
+            self._show_state()
         return loss
 
     def _gather(self) -> list[Pair]:
@@ -302,13 +347,24 @@ class CPUOffload(torch.optim.Optimizer):
                 pair.param.grad = None
         return [pair for pair in self._pairs.values() if pair.has_grad]
 
-    def _check(self, pairs: Sequence[Pair]) -> None:
-        """Check a step of all before any is stepped, unless the last one was of the same."""
-        buffers = [pair.master.grad for pair in pairs if pair.master.grad is not None]
-        if self._checked is None or list(map(id, buffers)) != list(map(id, self._checked)):
-            rules = self._host._rules(range(len(self._host.param_groups)))
-            self._host._draft(rules, self._host._ids())
-        self._checked = buffers
+    def _check(self) -> None:
+        """Check a step of all before any is stepped, unless nothing has changed since the last."""
+        host = self._host
+        rules = host._rules(range(len(host.param_groups)))
+        found = host._fingerprint(rules, None)
+        if (
+            self._checked is None
+            or found is None
+            or not self._checked.matches(found[0])
+            or not all(map(_is_count, Cells(self._counters()).read()))  # it sees no values
+        ):
+            host._draft(rules, host._ids())
+        self._checked = None if found is None else found[0]
+
+    def _counters(self) -> list[Tensor]:
+        """The step counters that parameters have of their own."""
+        key = self._host.layout.step
+        return [kept[key] for kept in self._host.state.values() if key in kept]
 
     def _step_on_host(self, pairs: Sequence[Pair]) -> None:
         """Step the masters, batch by batch, and send their mirrors."""
@@ -316,16 +372,18 @@ class CPUOffload(torch.optim.Optimizer):
         rules = list(host._rules(range(len(host.param_groups))).values())
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         rest = [pair for pair in self._pairs.values() if not pair.has_grad]
-        if found_inf is None and not joins(rules) and any(host.state.values()):
+        if pairs and found_inf is None and not joins(rules) and any(host.state.values()):
             for batch in _batches(pairs):
                 self._await(batch)
                 host._step_some([pair.master for pair in batch])
                 self._return(batch)
+                _use_up(batch)
             self._await(rest)
             host._finish_call()
             self._return(rest)
             return
-        # What has to be known of all tensors together, or is a first step, is one batch.
+        # What has to be known of all tensors together, or is a first step, is one batch. So is a
+        # call without gradients, which does nothing.
         self._await(self._pairs.values())
         if found_inf is not None:  # the gradients are waited for anyway, so are these
             scale = None if grad_scale is None else torch.as_tensor(grad_scale).cpu()
@@ -336,6 +394,7 @@ class CPUOffload(torch.optim.Optimizer):
             for name in ("found_inf", "grad_scale"):
                 vars(host).pop(name, None)
         self._return(self._pairs.values())
+        _use_up(pairs)
 
     def _await(self, pairs: Iterable[Pair]) -> None:
         """Gradients have come, and mirrors may be written again."""
@@ -345,7 +404,7 @@ class CPUOffload(torch.optim.Optimizer):
             pair.sent = None
 
     def _return(self, pairs: Iterable[Pair]) -> None:
-        """Begin to copy to the device what was stepped."""
+        """Begin to copy to the device what was written."""
         for pair in pairs:
             if pair.master._version != pair.stepped:
                 assert pair.mirror is not None
@@ -374,7 +433,7 @@ class CPUOffload(torch.optim.Optimizer):
         A master stays as it is, element by element, where its parameter is what it rounds to.
         Waits for the device.
         """
-        self._send_groups()
+        self._send()
         self._sync(self._pairs.values())
 
     def _sync(self, pairs: Iterable[Pair]) -> None:
@@ -393,6 +452,36 @@ class CPUOffload(torch.optim.Optimizer):
                     pair.master.copy_(torch.where(kept, pair.master, pair.mirror))
                     pair.note()
 
+    @torch.no_grad()
+    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
+        """Write the averages of use_ema to the masters and the parameters.
+
+        Args:
+            var_list: These parameters only; None for all.
+
+        Raises:
+            ValueError: A parameter that is not this optimizer's.
+        """
+        self._send()
+        params = list(self._pairs) if var_list is None else list(var_list)
+        known = [self._pairs[param] for param in params if param in self._pairs]
+        masters = {pair.param: pair.master for pair in known}
+        self._host.finalize_variable_values([masters.get(param, param) for param in params])
+        written = [pair for pair in known if pair.master._version != pair.stepped]
+        for pair in written:
+            wait_for(pair.sent)
+            assert pair.mirror is not None
+            pair.mirror.copy_(pair.master)
+            self._lanes_of(pair.param)[1].follow()
+        self._return(written)
+        for pair in written:
+            self._lanes_of(pair.param)[1].lead()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients together at the last update; see the dialect's ``grad_norm``."""
+        return self._host.grad_norm
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Read by torch's GradScaler.
@@ -400,7 +489,7 @@ class CPUOffload(torch.optim.Optimizer):
 
     def explain(self) -> str:
         """The plan of the step on the CPU as a table; see the dialect's ``explain``."""
-        self._send_groups()
+        self._send()
         return self._host.explain()
 
     def metrics(self) -> dict[str, Metrics]:
@@ -453,7 +542,7 @@ class CPUOffload(torch.optim.Optimizer):
                 handle.remove()
 
     def _load_host(self, loaded: StateDict) -> None:
-        self._send_groups()
+        self._send()
         masters = {n: s[MASTER] for n, s in loaded["state"].items() if MASTER in s}
         state = {
             number: {key: value for key, value in kept.items() if key != MASTER}
@@ -480,7 +569,7 @@ class CPUOffload(torch.optim.Optimizer):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        self._send_groups()
+        self._send()
         own = ("_inner", "offload_gradients", "master_dtype")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
@@ -497,7 +586,13 @@ class CPUOffload(torch.optim.Optimizer):
                     kept = self._host.state.get(master)
                     if kept:
                         kept[MASTER] = master.detach()  # a copy of the old one's is none of this
-        self._adopt_pairs()
+        self._make_mirrors()
+
+
+def _use_up(pairs: Iterable[Pair]) -> None:
+    """Their gradients have been stepped with, and never are again."""
+    for pair in pairs:
+        pair.has_grad = False
 
 
 def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
@@ -512,6 +607,10 @@ def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _is_count(value: float) -> bool:
+    return 0 <= value < math.inf and not value % 1
 
 
 def _on_host(value: Any) -> Any:

@@ -321,7 +321,7 @@ def check_kinds(id: TensorId, param: Tensor, grad: Tensor) -> None:
 
     Raises:
         RuntimeError: Sparse or complex.
-        TypeError: A dtype that is not one of ``DTYPES``, or a distributed tensor.
+        TypeError: A dtype that is not one of ``DTYPES``.
     """
     if param.is_complex() or grad.is_complex():
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import io
@@ -12,10 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore, destroy_process_group, init_process_group  # noqa: TID251
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # noqa: TID251
+from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
+from torch.distributed.tensor import distribute_tensor  # noqa: TID251
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adafactor import Adafactor, offload
 from fused_adafactor.dialects.hf import Adafactor as HfAdafactor
+from fused_adafactor.dialects.keras import Adafactor as KerasAdafactor
 from fused_adafactor.offload import CPUOffload
 from fused_adafactor.rounding import RoundingKey, round_stochastic
 from tests import stepping
@@ -402,6 +408,27 @@ def test_a_copy_goes_on_like_the_original(copied: Any, steps: int, offload_gradi
     assert all(map(same_bits, params_of(other), before))
 
 
+def test_state_that_is_loaded_never_takes_the_dtype_of_the_parameters() -> None:
+    """As the base class would have it, on the device too, which may have no room for it."""
+    ours = offloaded(stepping.make_params(SHAPES, BF16))
+    take(ours, range(1))
+    saved = ours.state_dict()
+    made: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            made.extend(t.dtype for t in [result] if isinstance(t, Tensor))
+            return result
+
+    with Watch():
+        ours.load_state_dict(saved)
+    assert F32 in made
+    assert BF16 not in made
+
+
 def test_get_optimizer_state_dict_steps_nothing() -> None:
     model = torch.nn.Linear(5, 3).to(BF16)
     ours = CPUOffload(
@@ -478,12 +505,187 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert all(p.grad is not None for p in params[4:])  # which are none of the optimizer's
 
 
+def test_a_group_whose_masters_cannot_be_rounded_is_not_added() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(params[:4], master_dtype=F16)
+    with pytest.raises(ValueError, match="rounding='stochastic' is not available"):
+        ours.add_param_group({"params": params[4:], "rounding": "stochastic"})
+    assert len(ours.param_groups) == len(ours._host.param_groups) == 1
+    ours.add_param_group({"params": params[4:]})
+    take(ours, range(1))
+    assert set(ours.state) == set(params)
+
+
 def test_a_group_that_nobody_added_is_refused() -> None:
     params = stepping.make_params(SHAPES, BF16)
     ours = offloaded(params[:4])
     ours.param_groups[0]["params"].append(params[4])
     with pytest.raises(ValueError, match="add_param_group"):
         ours.step()
+
+
+def test_adding_a_group_leaves_the_others_as_they_are() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    lr = torch.tensor(0.125)
+    ours = offloaded([{"params": params[:2]}, {"params": params[2:4], "lr": lr}])
+    scheduler = torch.optim.lr_scheduler.StepLR(ours, 1, gamma=0.5)
+    take(ours, range(1))
+    scheduler.step()
+    ours.add_param_group({"params": params[4:], "lr": 0.25})
+    assert [float(group["lr"]) for group in ours.param_groups] == [5e-3, 0.0625, 0.25]
+    assert ours.param_groups[1]["lr"] is lr  # the user's own tensor
+    assert [group["lr"] for group in ours._host.param_groups][::2] == [5e-3, 0.25]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_group_may_use_the_names_of_the_peer(late: bool) -> None:
+    params = stepping.make_params(((6, 5), (7,)), BF16)
+    group = {"params": params[1:], "learning_rate": 0.25}
+    ours = CPUOffload([params[0]] if late else [{"params": params[:1]}, group], KerasAdafactor)
+    if late:
+        ours.add_param_group(group)
+    assert ours.param_groups[1]["lr"] == 0.25
+    assert "learning_rate" not in ours.param_groups[1]
+    with pytest.raises(ValueError, match="both lr and learning_rate"):
+        ours.add_param_group(
+            {"params": stepping.make_params(((3,),)), "lr": 1.0, "learning_rate": 0.25}
+        )
+    assert len(ours.param_groups) == len(ours._host.param_groups) == 2
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+@pytest.mark.parametrize("offload_gradients", [False, True])
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_parameters_can_be_taken_out(
+    dialect: Dialect, offload_gradients: bool, whole_group: bool
+) -> None:
+    params, slow_params = (stepping.make_params(SHAPES, BF16) for _ in range(2))
+
+    def groups_of(some: Sequence[Any]) -> list[dict[str, Any]]:
+        return [{"params": list(some[:3])}, {"params": list(some[3:])}]
+
+    ours = offloaded(groups_of(params), dialect, offload_gradients=offload_gradients)
+    slow = SlowWay(slow_params, lambda masters: dialect(groups_of(masters)))
+    for step in range(4):
+        if step == 2:
+            for optimizer in (ours, slow.optimizer):
+                if whole_group:
+                    del optimizer.param_groups[0]
+                else:
+                    optimizer.param_groups[0]["params"].pop(1)
+            for p in slow.params:  # what is not stepped any more is not rounded either
+                p.grad = None
+        grads = grads_of(params, step)
+        give(params, grads)
+        ours.step()
+        ours.zero_grad()
+        slow.step(grads)
+        assert all(map(same_bits, params, slow.params)), f"step {step}"
+    gone = params[:3] if whole_group else params[1:2]
+    assert not any(p in ours.state or p in ours._pairs for p in gone)
+    kept = set(masters_of(ours))
+    assert set(ours._host.state) <= kept
+    assert set(ours._host._mirrors) == kept
+    ours.load_state_dict(through_a_file(ours.state_dict()))
+    # It comes back as any new one.
+    ours.add_param_group({"params": gone})
+    give(params, grads_of(params, 4))
+    ours.step()
+    assert set(ours.state) == set(params)
+
+
+def test_state_that_is_dropped_starts_anew() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(params)
+    take(ours, range(2))
+    masters = [m.detach().clone() for m in masters_of(ours)]
+    ours.state = collections.defaultdict(dict)
+    copied = copy.deepcopy(ours)
+    assert not copied.state
+    slow = SlowWay(params, HF)
+    for master, value in zip(slow.masters, masters, strict=True):
+        master.data.copy_(value)
+    for some in (copied, ours):
+        take(some, range(2, 3))
+    slow.step(grads_of(params, 2))
+    assert all(map(same_bits, masters_of(ours), slow.masters))
+    assert all(map(same_bits, masters_of(copied), slow.masters))
+    assert all(ours.state[p]["step"] == 1 for p in params)
+    # One of them alone, too.
+    del ours.state[params[0]]
+    take(ours, range(3, 4))
+    assert [float(ours.state[p]["step"]) for p in params[:2]] == [1.0, 2.0]
+
+
+def test_a_count_that_is_set_in_one_group_is_shown_in_all() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = CPUOffload([{"params": params[:3]}, {"params": params[3:]}], KerasAdafactor)
+    take(ours, range(1))
+    ours.param_groups[0]["step"] = torch.tensor(7.0)
+    take(ours, range(1, 2))
+    assert [float(group["step"]) for group in ours.param_groups] == [8.0, 8.0]
+
+
+def test_a_group_that_was_replaced_is_completed() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours, other = (offloaded(params, lr=1e-2) for params in (params, stepping.clone_params(params)))
+    ours.param_groups[0] = {"params": params}
+    for some in (ours, other):
+        take(some, range(1))
+        with torch.no_grad():
+            params_of(some)[-1].add_(1.0)
+        some.sync_from_parameters()
+    assert ours.param_groups[0]["rounding"] == other.param_groups[0]["rounding"]
+    assert all(map(same_bits, masters_of(ours), masters_of(other)))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+def test_a_call_without_gradients_does_nothing(dialect: Dialect) -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(params, dialect, use_ema=True)
+    take(ours, range(2))
+    masters = [m.detach().clone() for m in masters_of(ours)]
+    with stepping.assert_untouched(ours):
+        for _ in range(2):
+            ours.step()
+    assert all(map(same_bits, masters_of(ours), masters))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("offload_gradients", [False, True])
+def test_averages_can_be_swapped_in(offload_gradients: bool, rounding: str) -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(
+        params, use_ema=True, ema_momentum=0.5, rounding=rounding,
+        offload_gradients=offload_gradients,
+    )  # fmt: skip
+    take(ours, range(3))
+    averages = [ours.state[p]["average"].clone() for p in params]
+    masters = [m.detach().clone() for m in masters_of(ours)]
+    give(params, grads_of(params, 3))
+    ours.finalize_variable_values(params[2:4])
+    assert all(map(same_bits, masters_of(ours), [*masters[:2], *averages[2:4], *masters[4:]]))
+    ours.finalize_variable_values()
+    assert all(map(same_bits, masters_of(ours), averages))
+    assert all(map(same_bits, params, [a.to(BF16) for a in averages]))
+    ours.sync_from_parameters()
+    assert all(map(same_bits, masters_of(ours), averages))
+    ours.step()  # the gradients are still there
+    assert all(ours.state[p]["step"] == 4 for p in params)
+    with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+        ours.finalize_variable_values([torch.ones(3)])
+
+
+def test_the_norm_of_the_gradients() -> None:
+    params = stepping.make_params(SHAPES, F32)
+    ours, plain = (
+        offloaded(params, max_grad_norm=0.5),
+        HF(stepping.clone_params(params), max_grad_norm=0.5),
+    )
+    assert ours.grad_norm is None
+    take(ours, range(1))
+    take(plain, range(1))
+    assert same_bits(ours.grad_norm, plain.grad_norm)
 
 
 def test_closures_and_hooks() -> None:
@@ -522,12 +724,11 @@ def test_names_are_in_messages() -> None:
 def test_a_step_that_is_refused_has_stepped_nothing(offload_gradients: bool) -> None:
     params = stepping.make_params(SHAPES, BF16)
     ours = offloaded(params, offload_gradients=offload_gradients)
-    take(ours, range(1))
-    good = ours.state[params[-1]].pop("exp_avg_sq_row")
+    take(ours, range(2))
+    good = ours.state[params[-1]].pop("exp_avg_sq_row")  # of the last batch
     masters = [m.detach().clone() for m in masters_of(ours)]
     before = [p.detach().clone() for p in params]
-    give(params, grads_of(params, 1))
-    ours._checked = None
+    give(params, grads_of(params, 2))
     with pytest.raises(ValueError, match="exp_avg_sq_row"):
         ours.step()
     assert all(map(same_bits, masters_of(ours), masters))
@@ -544,8 +745,57 @@ def test_a_step_that_is_refused_has_stepped_nothing(offload_gradients: bool) -> 
     # Put right, it goes on as if nothing had been.
     other = offloaded(stepping.make_params(SHAPES, BF16))
     ours.step()
-    take(other, range(2))
+    take(other, range(3))
     assert all(map(same_bits, params, params_of(other)))
+
+
+def test_a_count_that_counts_no_steps_is_refused_before_anything_is_stepped() -> None:
+    params = stepping.make_params(SHAPES, BF16)
+    ours = offloaded(params)
+    take(ours, range(3))
+    ours.state[params[-1]]["step"].fill_(1.5)
+    masters = [m.detach().clone() for m in masters_of(ours)]
+    give(params, grads_of(params, 3))
+    with stepping.assert_untouched(ours), pytest.raises(ValueError, match="a count of steps"):
+        ours.step()
+    assert all(map(same_bits, masters_of(ours), masters))
+
+
+def test_no_gradient_is_used_twice() -> None:
+    """Where something breaks in the middle of a step, the next one takes the rest."""
+    params, others = (stepping.make_params(SHAPES, BF16) for _ in range(2))
+    ours: Any = offloaded(params, offload_gradients=True, use_ema=True)
+    other = offloaded(others, use_ema=True)
+    take(ours, range(2))
+    take(other, range(3))
+    give(params, grads_of(params, 2))
+    whole, calls = ours._host._step_some, 0
+
+    def broken(some: Sequence[Tensor]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        whole(some)
+
+    ours._host._step_some = broken
+    with pytest.raises(KeyboardInterrupt):
+        ours.step()
+    assert {float(ours.state[p]["step"]) for p in params} == {2.0, 3.0}
+    ours._host._step_some = whole
+    ours.step()
+    stepping.assert_same_optimizers(ours, other)
+
+
+def test_distributed_parameters_are_refused() -> None:
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))
+        with pytest.raises(TypeError, match=r"'w' .* is a DTensor[\s\S]*CPUOffloadPolicy"):
+            CPUOffload([("w", param)], Adafactor)
+    finally:
+        destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -671,6 +921,20 @@ def test_late_copies_are_waited_for(
     )
     assert sent == expected
     assert all(map(same_bits, params, slow.params))
+
+
+def test_averages_wait_for_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "Lane", LateLane)
+    params = stepping.make_params(((6, 5),), BF16)
+    ours: Any = offloaded(params, use_ema=True, ema_momentum=0.5, lr=0.1)
+    take(ours, range(2))
+    stepped = masters_of(ours)[0].detach().to(BF16)
+    ours.finalize_variable_values()
+    _, back = ours._lanes_of(params[0])
+    assert [same_bits(sent, stepped) for sent in back.log] == [False, True]
+    back.catch_up(3)
+    assert same_bits(params[0], ours.state[params[0]]["average"].to(BF16))
+    assert not same_bits(params[0], stepped)
 
 
 def test_a_steady_step_allocates_nothing_big() -> None:
