@@ -82,6 +82,20 @@ def _scaled(optimizer: Any, params: Params) -> Step:
     return step
 
 
+def _with_metrics(optimizer: Any, params: Params) -> Step:
+    def step() -> None:
+        optimizer.step()
+        optimizer.metrics()
+
+    return step
+
+
+def _compiled(optimizer: Any, params: Params) -> Step:
+    """A compiled function that steps; what it is compiled by makes no difference to the step."""
+    step: Step = torch.compile(lambda: optimizer.step(), backend="eager")
+    return step
+
+
 def _backward(optimizer: Any, params: Params) -> Step:
     """Gradients that arrive one by one, as copies of what the parameters have now."""
     grads = [param.grad.clone() for param in params if param.grad is not None]
@@ -128,6 +142,8 @@ FEATURES = (
     Feature("beta1=0.9", {"beta1": 0.9}),
     Feature("beta1, momentum_dtype=bfloat16", {"beta1": 0.9, "momentum_dtype": _HALF}),
     Feature("beta1, momentum_dtype=int8", {"beta1": 0.9, "momentum_dtype": torch.int8}),
+    Feature("metrics()", drive=_with_metrics),
+    Feature("torch.compile", drive=_compiled),
     Feature(_BACKWARD, drive=_backward),
     Feature("enable_backward_step()", over=_BACKWARD, drive=_in_backward),
     Feature("CPUOffload", makes=_offloaded),
