@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 DECLARED := pyproject.toml setup.py constraints.txt
 NATIVE := $(wildcard csrc/include/*/*.h csrc/cpu/*)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2
-ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/parity/test_shapes.py
+ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/kernels/test_blocks_of_moments.py tests/parity/test_shapes.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build lint type arch fmt test test-interpret test-asan codegen demo bench micro gpu ci clean
