@@ -40,8 +40,9 @@ class _Partials:
     col_sq: Tensor | None = None  # [..., m]  Σ_i g²
     param_sq: Tensor | None = None  # 0-d  Σ p²
     col_weighted: Tensor | None = None  # [..., m]  Σ_i num² / row_var_i, two sweeps only
-    row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i, rows distributed; of before this step
-    row_sq_sum: Tensor | None = None  # [...]  Σ_ij g², rows distributed;  if this is there
+    # Of distributed rows: the sum of the new row_var, or of the old one where row_sq_sum is there.
+    row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i
+    row_sq_sum: Tensor | None = None  # [...]  Σ_ij g²
     update_sq: Tensor | None = None  # 0-d  Σ u², once known
     row_var: Tensor | None = None  # [..., n]  new row second moment, not yet stored
     col_var: Tensor | None = None  # [..., m]  new column second moment, not yet stored

@@ -34,8 +34,13 @@ def test_every_variant_of_every_dialect(dialect: Dialect, variant: str) -> None:
         pair.step(draw(MIXED, step % 3, F32))
 
 
-# AMSGrad with counts of its own, and momentum with one for all; tests/gpu has the other dialects.
-@pytest.mark.parametrize("rule", ["adafactor_pytorch-amsgrad", "optax-momentum"])
+# One of each place that momentum has, AMSGrad, torch's clamp, and counts of both kinds.
+RULES_OF_DIALECTS = (
+    *("torch", "hf-momentum", "adafactor_pytorch-amsgrad", "optax-momentum", "big_vision"),
+)
+
+
+@pytest.mark.parametrize("rule", RULES_OF_DIALECTS)
 @pytest.mark.parametrize("extra", KERAS_EXTRAS)
 def test_keras_extras_under_every_dialect(rule: str, extra: str) -> None:
     pair = judged(rule, params_in(FEW, F32), **KERAS_EXTRAS[extra])
