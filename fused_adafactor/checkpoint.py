@@ -7,7 +7,8 @@ enter a state dict; a state dict that does not fit changes nothing.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -98,16 +99,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         def restore(_: torch.optim.Optimizer) -> None:
             self._restore(source)
 
-        # Registered now, so as to come after the user's own pre-hooks and before their post-hooks.
-        handles = [
-            self.register_load_state_dict_pre_hook(complete),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with hooked_load(self, complete, restore):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_origin(self, loaded: StateDict) -> None:
         """Refuse what state alone cannot tell: another optimizer's groups, or a lost counter.
@@ -276,6 +269,31 @@ def without_functions(state_dict: StateDict) -> StateDict:
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "param_groups": groups}
+
+
+@contextlib.contextmanager
+def hooked_load(
+    optimizer: torch.optim.Optimizer,
+    before: Callable[[torch.optim.Optimizer, StateDict], StateDict],
+    after: Callable[[torch.optim.Optimizer], None],
+) -> Iterator[None]:
+    """A load of a state dict with something done next to torch's own loading, within user's hooks.
+
+    Args:
+        optimizer: What is loaded.
+        before: Returns the state dict that torch loads.
+        after: Follows it.
+    """
+    # Registered now, so as to come after the user's own pre-hooks and before their post-hooks.
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_group(group: Mapping[str, Any]) -> None:

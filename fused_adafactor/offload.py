@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 from typing_extensions import override
 
-from fused_adafactor.checkpoint import ids_of, without_functions
+from fused_adafactor.checkpoint import hooked_load, ids_of, without_functions
 from fused_adafactor.counting import Cells
 from fused_adafactor.fingerprint import Fingerprint
 from fused_adafactor.joining import joins
@@ -530,16 +530,8 @@ class CPUOffload(torch.optim.Optimizer):
             self._show_groups()
             self._show_state()
 
-        # Registered now, so as to come after the user's own pre-hooks and before their post-hooks.
-        handles = [
-            self.register_load_state_dict_pre_hook(load),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with hooked_load(self, load, restore):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _load_host(self, loaded: StateDict) -> None:
         self._send()
