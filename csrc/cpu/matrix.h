@@ -120,12 +120,14 @@ double measure_lines(const Tensor& t, const Rule& r, const Matrix<M>& m, Lines l
   double sum = 0;
   if constexpr (sizeof(M) == sizeof(float)) {
     if (reads_plainly(t, r) && !r.amsgrad) {
-      by_dtypes(t, [&](auto*, auto* grad) {
-        for (int64_t line = lines.begin; line < lines.end; ++line) {
-          if (!is_measured(r, m, line)) continue;
-          const int64_t offset = offset_of(t, t.strides, line * t.cols);
-          sum += measure_line(grad + offset, m.factor, m.line_factor(line), most_root<float>(r), scale_of_grad(t),
-                              t.cols, corrects);
+      by_dtypes(t, [&](auto* param, auto* grad) {
+        for (int64_t number = lines.begin; number < lines.end; ++number) {
+          if (!is_measured(r, m, number)) continue;
+          const auto line = line_at(t, param, grad, number * t.cols, r.momentum == kMomentumGrad);
+          const Roots roots{m.factor, m.line_factor(number), most_root<float>(r)};
+          sum += has_extras(t, r)
+                     ? measure_line<true>(line, roots, grad_rule(t, r), moment_rule(r), t.cols, corrects)
+                     : measure_line<false>(line, roots, grad_rule(t, r), moment_rule(r), t.cols, corrects);
         }
       });
       return sum;
