@@ -68,7 +68,8 @@ inline bool writes_plainly(const Tensor& t, const Rule& r) {
 
 // Whether apply_line does the whole of it for a matrix, and apply_vector for an unfactored tensor.
 inline bool applies_plainly(const Tensor& t, const Rule& r) {
-  if (!writes_plainly(t, r) || r.amsgrad || t.exp_avg_scale != nullptr || t.form == kTiny) return false;
+  if (!writes_plainly(t, r) || r.amsgrad || t.form == kTiny) return false;
+  if (t.exp_avg_scale != nullptr && !one_line_at_a_time(t)) return false;
   const bool bare = r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr;
   return t.form != kUnfactored || (bare && reads_plainly(t, r));
 }
@@ -116,16 +117,30 @@ void for_each_part(const Tensor& t, const Rule& r, int64_t k, int64_t n, F f) {
 template <class P, class G>
 void apply_run(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, const G* grad, const Roots& roots,
                const float* delta, int64_t k, int64_t n) {
-  const bool extras = has_extras(t, r) || r.momentum != kNoMomentum || t.compensation != nullptr ||
-                      t.average != nullptr || rounds_stochastically(t, r) || delta != nullptr;
+  const bool all = r.momentum != kNoMomentum || t.compensation != nullptr || t.average != nullptr ||
+                   rounds_stochastically(t, r) || delta != nullptr;
   for_each_part(t, r, k, n, [&](int64_t first, int64_t part, const uint16_t* random) {
     const Line<P, G> line = line_at(t, param, grad, first, r.momentum != kNoMomentum && delta == nullptr);
     const Roots of_part{roots.factor + (first - k), roots.of_line, roots.most};
     Written<P> to = written_at<P>(t, first);
     to.random = random;
     if (delta != nullptr) to.delta = delta + (first - k);
-    extras ? apply_line<true>(rule, line, to, of_part, part) : apply_line<false>(rule, line, to, of_part, part);
+    by_extras(all ? kAllExtras : extras_of(t, r),
+              [&](auto extras) { apply_line<extras.value>(rule, line, to, of_part, part); });
   });
+}
+
+// A line whose first moment is in blocks.
+template <class P, class G>
+void apply_blocks(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, const G* grad, const Roots& roots,
+                  int64_t line) {
+  float delta[kChunk];
+  for (int64_t j = 0; j < t.cols; j += kChunk) {
+    const int64_t k = line * t.cols + j, n = least(kChunk, t.cols - j);
+    const Roots here{roots.factor + j, roots.of_line, roots.most};
+    deltas_of_blocks(rule, line_at(t, param, grad, k, false), blocks_at(t, line, j), here, n, delta);
+    apply_run(t, r, rule, param, grad, here, delta, k, n);
+  }
 }
 
 inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, double clip) {
@@ -135,7 +150,9 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
   by_dtypes(t, [&](auto* param, auto* grad) {
     if (one_line_at_a_time(t)) {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
-        apply_run(t, r, rule, param, grad, Roots{m.factor, m.line_factor(line), most}, nullptr, line * t.cols, t.cols);
+        const Roots roots{m.factor, m.line_factor(line), most};
+        t.exp_avg_scale != nullptr ? apply_blocks(t, r, rule, param, grad, roots, line)
+                                   : apply_run(t, r, rule, param, grad, roots, nullptr, line * t.cols, t.cols);
       }
     } else {
       for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
@@ -256,19 +273,43 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   }
 }
 
+// accumulated += scale g of elements begin .. end.
+inline void accumulate_plainly(const Tensor& t, int64_t begin, int64_t end) {
+  const float scale = float(t.grad_scale);
+  by_dtypes(t, [&](auto*, auto* all) {
+    for (int64_t k = begin; k < end;) {
+      const Run from = run_at(t, t.strides, k), to = run_at(t, t.state_strides, k);
+      const int64_t n = least(least(from.count, to.count), end - k);
+      const auto* grad = all + from.offset;
+      float* accumulated = static_cast<float*>(t.accumulator) + to.offset;
+      for_each_vector(0, n, [&](int64_t j, auto lanes) {
+        ask_for(grad + j, kAheadOfLine);
+        ask_for(accumulated + j, kAheadOfLine);
+        store(accumulated + j, load(accumulated + j, lanes) + load(grad + j, lanes) * scale, lanes);
+      });
+      k += n;
+    }
+  });
+}
+
 template <class M>
 void accumulate_in(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& buffers) {
   if (t.skip) return;
   Chunk<M> c(buffers);
   const Lines lines = lines_of(t, slab);
   const M scale = M(t.grad_scale);
-  const int64_t end = least(lines.end * t.cols, t.numel);
-  for (int64_t k = lines.begin * t.cols; k < end; k += kChunk) {
+  const int64_t begin = lines.begin * t.cols, end = least(lines.end * t.cols, t.numel);
+  const bool plain = lies_plainly(t);
+  if (plain) accumulate_plainly(t, begin, end);
+  if (plain && t.average == nullptr) return;
+  for (int64_t k = begin; k < end; k += kChunk) {
     const int64_t n = least(kChunk, end - k);
-    const M* grad = read(t, t.strides, t.grad, t.grad_dtype, k, n, c.buffer[0]);
-    const M* old = read(t, t.state_strides, t.accumulator, t.math_dtype, k, n, c.buffer[1]);
-    for (int64_t i = 0; i < n; ++i) c.buffer[2][i] = old[i] + grad[i] * scale;
-    write(t, t.state_strides, c.buffer[2], t.accumulator, t.math_dtype, k, n);
+    if (!plain) {
+      const M* grad = read(t, t.strides, t.grad, t.grad_dtype, k, n, c.buffer[0]);
+      const M* old = read(t, t.state_strides, t.accumulator, t.math_dtype, k, n, c.buffer[1]);
+      for (int64_t i = 0; i < n; ++i) c.buffer[2][i] = old[i] + grad[i] * scale;
+      write(t, t.state_strides, c.buffer[2], t.accumulator, t.math_dtype, k, n);
+    }
     if (t.average != nullptr) average_chunk(t, r, k, n, c);
   }
 }

@@ -3,13 +3,13 @@
 // A core reads memory at its full rate only where it reads at several places at once, so lines are read a block at a
 // time; the parameter is read while the columns of the block are added, which come from the core's cache.
 //
-// What few rules ask for is behind kExtras. Where that is false, a loop is as short as it can be; where it is true, a
-// switch costs next to nothing, as it is the same for every vector.
+// A loop is compiled for what a rule asks for beside scaling the gradient: nothing, clipping by value, or anything. In
+// the last of them a switch costs little, as it is the same for every vector.
 
 #ifndef FUSED_ADAFACTOR_CPU_PLAIN_H
 #define FUSED_ADAFACTOR_CPU_PLAIN_H
 
-#include "vector.h"
+#include "blocks.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -21,6 +21,8 @@ constexpr int64_t kFlush = 2048;  // columns after which the lanes of a sum are 
 // but stops at the end of a page.
 constexpr int64_t kAheadOfBlock = 512, kAheadOfLine = 2048;  // bytes
 
+enum Extras { kNoExtras, kClips, kAllExtras };
+
 // What a raw gradient becomes: g = factor clip((scale raw + accumulated) / steps).
 struct GradRule {
   float scale, factor, limit, steps;
@@ -29,6 +31,8 @@ struct GradRule {
 // The first moment, beta1 m + rest x, and what it is multiplied by where it is divided by the root of v.
 struct MomentRule {
   float beta1, rest, numerator_scale;
+
+  FA_INLINE Floats next(Floats old, Floats x) const { return fused(Floats{} + rest, x, old * beta1); }
 };
 
 // Memory of a first moment, float32 or bfloat16; null where there is none.
@@ -37,16 +41,16 @@ struct Moment {
   bool half;
 
   template <class Lanes>
-  Floats read(int64_t j, Lanes lanes) const {
+  FA_INLINE Floats read(int64_t j, Lanes lanes) const {
     return half ? load(static_cast<const uint16_t*>(at) + j, lanes) : load(static_cast<const float*>(at) + j, lanes);
   }
   // What is used is what is stored.
-  Floats next(const MomentRule& r, Floats old, Floats x) const {
-    const Floats value = fused(Floats{} + r.rest, x, old * r.beta1);
+  FA_INLINE Floats next(const MomentRule& r, Floats old, Floats x) const {
+    const Floats value = r.next(old, x);
     return half ? from_bfloat16(to_bfloat16(value)) : value;
   }
   template <class Lanes>
-  void write(int64_t j, Floats value, Lanes lanes) const {
+  FA_INLINE void write(int64_t j, Floats value, Lanes lanes) const {
     half ? store(static_cast<uint16_t*>(at) + j, value, lanes) : store(static_cast<float*>(at) + j, value, lanes);
   }
   void ask(int64_t j, int64_t ahead) const { ask_for(static_cast<const char*>(at) + j * (half ? 2 : 4), ahead); }
@@ -58,37 +62,59 @@ struct Line {
   P* param;
   const G* grad;
   const float* accumulated;  // null where nothing is
-  Moment exp_avg;            // null where it is not needed to read the gradient
+  Moment exp_avg;            // null where it is not looked at
+  const float* numerator;    // null where it is not known yet
+};
+
+// Where the first moment of some elements lies that is in blocks.
+struct Blocks {
+  int8_t* units;
+  uint8_t* scales;
 };
 
 // g; the square of what is not clipped yet is added to `unclipped_sq`.
-template <bool kExtras, class P, class G, class Lanes>
-Floats grad_of(const GradRule& r, const Line<P, G>& line, int64_t j, Lanes lanes, Floats* unclipped_sq = nullptr) {
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Floats grad_of(const GradRule& r, const Line<P, G>& line, int64_t j, Lanes lanes,
+                         Floats* unclipped_sq = nullptr) {
   Floats g = load(line.grad + j, lanes) * r.scale;
-  if constexpr (kExtras) {
-    if (line.accumulated != nullptr) g = (g + load(line.accumulated + j, lanes)) / r.steps;
-    if (unclipped_sq != nullptr) *unclipped_sq += g * g;
-    // Written so that NaN passes.
-    g = g > r.limit ? Floats{} + r.limit : g;
-    g = g < -r.limit ? Floats{} - r.limit : g;
-    g *= r.factor;
-  }
-  return g;
+  if (kExtras == kNoExtras) return g;
+  if (kExtras == kAllExtras && line.accumulated != nullptr) g = (g + load(line.accumulated + j, lanes)) / r.steps;
+  if (unclipped_sq != nullptr) *unclipped_sq += g * g;
+  g = clipped(g, r.limit);
+  return kExtras == kAllExtras ? g * r.factor : g;
 }
 
 // num: g, or its average where momentum is on the gradient.
-template <bool kExtras, class P, class G, class Lanes>
-Floats numerator_of(const MomentRule& r, const Line<P, G>& line, Floats g, int64_t j, Lanes lanes) {
-  if constexpr (kExtras) {
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Floats numerator_of(const MomentRule& r, const Line<P, G>& line, Floats g, int64_t j, Lanes lanes) {
+  if constexpr (kExtras == kAllExtras) {
+    if (line.numerator != nullptr) return load(line.numerator + j, lanes);
     const Moment& m = line.exp_avg;
     if (m.at != nullptr) return m.next(r, m.read(j, lanes), g) * r.numerator_scale;
   }
   return g;
 }
 
+// The same of n elements of a line, from the beginning of a block on, whose average is in blocks.
+template <class P, class G>
+void numerators_of_blocks(GradRule r, MomentRule moment, Line<P, G> line, Blocks blocks, int64_t n, float* num) {
+  for_each_block_of_line(n, [&](int64_t begin, auto lanes) {
+    Floats m[kVectorsOfBlock];
+    read_block(blocks.units + begin, blocks.scales[begin / kBlock], lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      const auto here = lanes_of_block(lanes, i);
+      m[i] = kept(moment.next(m[i], grad_of<kAllExtras>(r, line, begin + i * kLanes, here)), here);
+    }
+    round_block(nullptr, lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      store(num + begin + i * kLanes, m[i] * moment.numerator_scale, lanes_of_block(lanes, i));
+    }
+  });
+}
+
 // sum[l] = Σ g² of L lines; returns that of all of them before they are clipped.
-template <int L, bool kExtras, class P, class G>
-double square_lines(const Line<P, G>* lines, const GradRule& r, int64_t n, float* sum) {
+template <int L, Extras kExtras, class P, class G>
+double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) {
   double total[L] = {}, unclipped = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     Floats squares[L] = {}, unclipped_sq{};
@@ -100,19 +126,19 @@ double square_lines(const Line<P, G>* lines, const GradRule& r, int64_t n, float
       }
     });
     for (int l = 0; l < L; ++l) total[l] += double(sum_of(squares[l]));
-    if (kExtras) unclipped += double(sum_of(unclipped_sq));
+    if (kExtras != kNoExtras) unclipped += double(sum_of(unclipped_sq));
   }
   for (int l = 0; l < L; ++l) {
     sum[l] = float(total[l]);
-    if (!kExtras) unclipped += double(sum[l]);
+    if (kExtras == kNoExtras) unclipped += double(sum[l]);
   }
   return unclipped;
 }
 
-// across += Σ g², weighted += Σ num² / line over L lines; returns Σ p² of them, if that is wanted.
-template <int L, bool kExtras, bool kWithParam, class P, class G>
-double add_lines(const Line<P, G>* lines, const float* inverse, const GradRule& r, const MomentRule& moment, int64_t n,
-                 float* across, float* weighted) {
+// across += Σ g², weighted += Σ num² / line over L lines, unless that is null; returns Σ p² of them, if that is wanted.
+template <int L, Extras kExtras, bool kWithParam, class P, class G>
+double add_lines(const Line<P, G>* lines, const float* inverse, GradRule r, MomentRule moment, int64_t n, float* across,
+                 float* weighted) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     Floats param_sq[2] = {};
@@ -122,16 +148,41 @@ double add_lines(const Line<P, G>* lines, const float* inverse, const GradRule& 
         const Floats g = grad_of<kExtras>(r, lines[l], j, count), x = numerator_of<kExtras>(moment, lines[l], g, j, count);
         const Floats square = g * g;
         a += square;
-        w += (kExtras ? x * x : square) * inverse[l];
+        if (weighted != nullptr) w += (kExtras == kAllExtras ? x * x : square) * inverse[l];
         if (!kWithParam) continue;
         ask_for(lines[l].param + j, kAheadOfBlock);
         const Floats p = load(lines[l].param + j, count);
         param_sq[l % 2] += p * p;
       }
       store(across + j, load(across + j, count) + a, count);
-      store(weighted + j, load(weighted + j, count) + w, count);
+      if (weighted != nullptr) store(weighted + j, load(weighted + j, count) + w, count);
     });
     total += double(sum_of(param_sq[0] + param_sq[1]));
+  }
+  return total;
+}
+
+// Σ u² of L lines under the clamp; where it corrects, less what the identity has counted for it.
+template <int L, Extras kExtras, bool kCorrects, class P, class G>
+double measure_lines(const Line<P, G>* lines, const float* of_line, const float* factor, float most, GradRule r,
+                     MomentRule moment, int64_t n) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    Floats measured[L] = {}, counted[L] = {};
+    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto count) {
+      const Floats across = load(factor + j, count);
+      for (int l = 0; l < L; ++l) {
+        ask_for(lines[l].grad + j, kAheadOfBlock);
+        const Floats g = grad_of<kExtras>(r, lines[l], j, count), x = numerator_of<kExtras>(moment, lines[l], g, j, count);
+        const Floats root = across * of_line[l], u = x * least(root, most);
+        measured[l] += kept(u * u, count);
+        if (!kCorrects) continue;
+        // An infinite factor is that of an all-zero column, which the identity leaves out.
+        const Floats without_clamp = x * (root > 3e38f ? Floats{} : root);
+        counted[l] += kept(without_clamp * without_clamp, count);
+      }
+    });
+    for (int l = 0; l < L; ++l) total += double(sum_of(measured[l]) - sum_of(counted[l]));
   }
   return total;
 }
@@ -141,26 +192,6 @@ struct Roots {
   const float* factor;
   float of_line, most;
 };
-
-// Σ u² of a line under the clamp; where it corrects, less what the identity has counted for it.
-template <bool kExtras, class P, class G>
-double measure_line(const Line<P, G>& line, const Roots& roots, const GradRule& r, const MomentRule& moment, int64_t n,
-                    bool corrects) {
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kFlush) {
-    Floats measured{}, counted{};
-    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes) {
-      const Floats g = grad_of<kExtras>(r, line, j, lanes), x = numerator_of<kExtras>(moment, line, g, j, lanes);
-      const Floats root = load(roots.factor + j, lanes) * roots.of_line, u = x * least(root, roots.most);
-      measured += kept(u * u, lanes);
-      // An infinite factor is that of an all-zero column, which the identity leaves out.
-      const Floats without_clamp = x * (root > 3e38f ? Floats{} : root);
-      counted += kept(without_clamp * without_clamp, lanes);
-    });
-    total += double(sum_of(measured) - (corrects ? sum_of(counted) : 0.0f));
-  }
-  return total;
-}
 
 // Where what apply writes beside the parameter lies; null where there is none of a kind.
 template <class P>
@@ -184,49 +215,83 @@ struct ApplyRule {
 
 // What has been stored.
 template <class Lanes>
-Floats store_rounded(float* to, Floats value, const uint16_t*, int64_t j, Lanes lanes) {
+FA_INLINE Floats store_rounded(float* to, Floats value, const uint16_t*, int64_t j, Lanes lanes) {
   store(to + j, value, lanes);
   return value;
 }
 
 template <class Lanes>
-Floats store_rounded(uint16_t* to, Floats value, const uint16_t* random, int64_t j, Lanes lanes) {
+FA_INLINE Floats store_rounded(uint16_t* to, Floats value, const uint16_t* random, int64_t j, Lanes lanes) {
   const Halves rounded =
       random == nullptr ? to_bfloat16(value) : to_bfloat16_stochastic(value, load_halves(random + j, lanes));
   store_halves(to + j, rounded, lanes);
   return from_bfloat16(rounded);
 }
 
+// What enters the first moment: the gradient, the update, or the step.
+FA_INLINE Floats averaged_of(const ApplyRule& r, Floats g, Floats root) {
+  if (r.site == kMomentumGrad) return g;
+  return g * root * (r.site == kMomentumStep ? r.step : r.by_clip);
+}
+
+// What is subtracted from the parameter, by the new first moment.
+FA_INLINE Floats delta_by(const ApplyRule& r, Floats exp_avg, Floats root) {
+  if (r.site == kMomentumGrad) return exp_avg * r.moment.numerator_scale * root * r.step;
+  return r.site == kMomentumStep ? exp_avg : exp_avg * r.alpha;
+}
+
+template <class Lanes>
+FA_INLINE Floats root_of(const Roots& roots, int64_t j, Lanes lanes) {
+  return least(load(roots.factor + j, lanes) * roots.of_line, roots.most);
+}
+
 // What is subtracted from the parameter; the new first moment is stored on the way.
-template <bool kExtras, class P, class G, class Lanes>
-Floats delta_of(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t j, Lanes lanes) {
-  const Floats g = grad_of<kExtras>(r.grad, line, j, lanes);
-  const Floats root = least(load(roots.factor + j, lanes) * roots.of_line, roots.most);
-  if constexpr (kExtras) {
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Floats delta_of(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t j, Lanes lanes) {
+  const Floats g = grad_of<kExtras>(r.grad, line, j, lanes), root = root_of(roots, j, lanes);
+  if constexpr (kExtras == kAllExtras) {
     const Moment& m = line.exp_avg;
     if (m.at != nullptr) {
       m.ask(j, kAheadOfLine);
-      const Floats old = m.read(j, lanes);
-      const bool on_grad = r.site == kMomentumGrad, on_step = r.site == kMomentumStep;
-      const Floats x = on_grad ? g : g * root * (on_step ? r.alpha * r.by_clip : r.by_clip);
-      const Floats next = m.next(r.moment, old, x);
+      const Floats next = m.next(r.moment, m.read(j, lanes), averaged_of(r, g, root));
       m.write(j, next, lanes);
-      return on_grad ? next * r.moment.numerator_scale * root * r.step : on_step ? next : next * r.alpha;
+      return delta_by(r, next, root);
     }
   }
   return g * root * r.step;
 }
 
+// The same of n elements of a line, from the beginning of a block on, whose first moment is in blocks.
+template <class P, class G>
+void deltas_of_blocks(ApplyRule r, Line<P, G> line, Blocks blocks, Roots roots, int64_t n, float* delta) {
+  for_each_block_of_line(n, [&](int64_t begin, auto lanes) {
+    Floats root[kVectorsOfBlock], m[kVectorsOfBlock];
+    ask_for(blocks.units + begin, kAheadOfLine);
+    read_block(blocks.units + begin, blocks.scales[begin / kBlock], lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      const int64_t j = begin + i * kLanes;
+      const auto here = lanes_of_block(lanes, i);
+      ask_for(line.grad + j, kAheadOfLine);
+      root[i] = root_of(roots, j, here);
+      m[i] = kept(r.moment.next(m[i], averaged_of(r, grad_of<kAllExtras>(r.grad, line, j, here), root[i])), here);
+    }
+    blocks.scales[begin / kBlock] = round_block(blocks.units + begin, lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      store(delta + begin + i * kLanes, delta_by(r, m[i], root[i]), lanes_of_block(lanes, i));
+    }
+  });
+}
+
 // p = decay p - delta for a run of elements, with all that is stored beside it.
-template <bool kExtras, class P, class G>
-void apply_line(const ApplyRule& r, const Line<P, G>& line, const Written<P>& to, const Roots& roots, int64_t n) {
+template <Extras kExtras, class P, class G>
+void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, int64_t n) {
   for_each_vector(0, n, [&](int64_t j, auto lanes) {
     ask_for(line.grad + j, kAheadOfLine);
     ask_for(line.param + j, kAheadOfLine);
-    const bool known = kExtras && to.delta != nullptr;
+    const bool known = kExtras == kAllExtras && to.delta != nullptr;
     const Floats delta = known ? load(to.delta + j, lanes) : delta_of<kExtras>(r, line, roots, j, lanes);
     Floats p = load(line.param + j, lanes);
-    if constexpr (!kExtras) {
+    if constexpr (kExtras != kAllExtras) {
       store(line.param + j, fused(p, Floats{} + r.decay, -delta), lanes);
     } else {
       if (to.compensation != nullptr) p += load(to.compensation + j, lanes);

@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// For what is done to one vector: a call would put all others into memory and back.
+#define FA_INLINE inline __attribute__((always_inline))
+
 namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
@@ -274,7 +277,27 @@ double total_of(const M* x, int64_t n) {
   return total;
 }
 
-inline Floats least(Floats a, float most) { return a > most ? Floats{} + most : a; }
+// At most so much, and between -limit and limit. NaN stays: the machine's minimum is its second argument then.
+inline Floats least(Floats a, float most) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_min_ps(__m512(Floats{} + most), __m512(a)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_min_ps(__m256(Floats{} + most), __m256(a)));
+#else
+  return a > most ? Floats{} + most : a;
+#endif
+}
+
+inline Floats clipped(Floats a, float limit) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_max_ps(__m512(Floats{} - limit), __m512(least(a, limit))));
+#elif defined(__AVX2__)
+  return Floats(_mm256_max_ps(__m256(Floats{} - limit), __m256(least(a, limit))));
+#else
+  a = least(a, limit);
+  return a < -limit ? Floats{} - limit : a;
+#endif
+}
 
 // 1 / sqrt(x).
 inline Vector<double> inverse_root(Vector<double> x) {
