@@ -10,15 +10,17 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// Whether elements of the math dtype or of bfloat16, one after the other along each line, are all that is read.
+inline bool is_plain(int32_t dtype) { return dtype == kFloat32 || dtype == kBfloat16; }
+
+// Whether elements of float32 or bfloat16, one after the other along each line, are all that is read, and 8-bit moments.
 inline bool lies_plainly(const Tensor& t) {
-  const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
-                            (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
+  const bool plain_moment = t.exp_avg == nullptr || is_plain(t.exp_avg_dtype) || t.exp_avg_dtype == kBlocks;
   const int last = t.ndim - 1;
   const bool plain_lines = t.strides[last] == 1 && t.state_strides[last] == 1 && t.sizes[last] % t.cols == 0;
   const bool one_run = t.ndim == 1 && t.strides[0] == 1 && t.state_strides[0] == 1;
   const bool of_lines = t.form == kFactored || t.form == kSmall;
-  return t.math_dtype == kFloat32 && plain_dtypes && (of_lines ? plain_lines : one_run);
+  return t.math_dtype == kFloat32 && is_plain(t.param_dtype) && is_plain(t.grad_dtype) && plain_moment &&
+         (of_lines ? plain_lines : one_run);
 }
 
 // What reading the gradient, or what is divided in its place, takes beside scaling it.

@@ -132,14 +132,17 @@ double measure_plain_block(const Tensor& t, const Rule& r, const Matrix<float>& 
 
 inline double measure_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, bool corrects,
                                   float* buffer) {
+  const bool in_blocks = block_lines(t) == kBlockLines;
   double sum = 0;
   by_dtypes(t, [&](auto* param, auto* grad) {
     int64_t numbers[kBlockLines];
     int count = 0;
     for (int64_t number = lines.begin; number < lines.end; ++number) {
-      if (is_measured(r, m, number)) numbers[count++] = number;
-      if (count < kBlockLines) continue;
-      sum += measure_plain_block<kBlockLines>(t, r, m, param, grad, numbers, corrects, buffer);
+      if (!is_measured(r, m, number)) continue;
+      numbers[count++] = number;
+      if (in_blocks && count < kBlockLines) continue;
+      sum += in_blocks ? measure_plain_block<kBlockLines>(t, r, m, param, grad, numbers, corrects, buffer)
+                       : measure_plain_block<1>(t, r, m, param, grad, numbers, corrects, buffer);
       count = 0;
     }
     for (int i = 0; i < count; ++i) sum += measure_plain_block<1>(t, r, m, param, grad, numbers + i, corrects, buffer);
