@@ -280,7 +280,7 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
 // accumulated += scale g of elements begin .. end.
 inline void accumulate_plainly(const Tensor& t, int64_t begin, int64_t end) {
   const float scale = float(t.grad_scale);
-  by_dtypes(t, [&](auto*, auto* all) {
+  without_param(t, [&](auto*, auto* all) {
     for (int64_t k = begin; k < end;) {
       const Run from = run_at(t, t.strides, k), to = run_at(t, t.state_strides, k);
       const int64_t n = least(least(from.count, to.count), end - k);

@@ -121,6 +121,46 @@ inline float load_element(const uint16_t* bfloat16) { return from_bfloat16(*bflo
 inline void store_element(float* to, float value) { *to = value; }
 inline void store_element(uint16_t* to, float value) { *to = to_bfloat16(value); }
 
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Halves to_float16(Floats value) {
+#if defined(__AVX512F__)
+  return Halves(_mm512_cvtps_ph(__m512(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  return Halves(_mm256_cvtps_ph(__m256(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  Halves halves;
+  for (int64_t i = 0; i < kLanes; ++i) halves[i] = float_to_half(value[i]);
+  return halves;
+#endif
+}
+
+inline void store(Float16* to, Floats value) {
+  const Halves halves = to_float16(value);
+  memcpy(to, &halves, sizeof halves);
+}
+inline void store_element(Float16* to, float value) { to->bits = float_to_half(value); }
+
+inline Floats from_float16(Halves halves) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtph_ps(__m256i(halves)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_cvtph_ps(__m128i(halves)));
+#else
+  Floats value;
+  for (int64_t i = 0; i < kLanes; ++i) value[i] = half_to_float(halves[i]);
+  return value;
+#endif
+}
+
+inline Floats load(const Float16* from) {
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return from_float16(halves);
+}
+
 // A whole vector, or the first lanes of one, which is what is left over at the end of a row. What is not there is read
 // as 0, and not written.
 struct AllLanes {
@@ -188,6 +228,7 @@ inline Floats kept(Floats value, SomeLanes part) {
   return value;
 }
 #endif
+inline Floats load(const Float16* from, SomeLanes part) { return from_float16(load_halves(&from->bits, part)); }
 inline Floats load(const uint16_t* bfloat16, SomeLanes part) { return from_bfloat16(load_halves(bfloat16, part)); }
 inline void store(uint16_t* to, Floats value, SomeLanes part) { store_halves(to, to_bfloat16(value), part); }
 
