@@ -1,0 +1,126 @@
+// The entry points of the library, on the host. Part of step.cu.
+
+#ifndef FUSED_ADAFACTOR_CUDA_LAUNCH_H
+#define FUSED_ADAFACTOR_CUDA_LAUNCH_H
+
+#include "shared.cuh"
+
+namespace fused_adafactor {
+
+constexpr int32_t kLarger = sizeof(Shared<float>) > sizeof(Shared<double>) ? sizeof(Shared<float>) : sizeof(Shared<double>);
+
+inline size_t shared_bytes_of(const CudaLaunch& launch) {
+  const size_t own = launch.math_dtype == kFloat64 ? sizeof(Shared<double>) : sizeof(Shared<float>);
+  return (own + 127) / 128 * 128 + size_t(launch.stash_bytes);
+}
+
+}  // namespace fused_adafactor
+
+extern "C" int32_t fused_adafactor_cuda_abi_version() { return fused_adafactor::kCudaAbiVersion; }
+extern "C" int32_t fused_adafactor_cuda_threads() { return fused_adafactor::kThreads; }
+
+#if defined(FA_EMULATED)
+
+#include <stdlib.h>
+
+extern "C" int32_t fused_adafactor_cuda_is_host() { return 1; }
+
+extern "C" int32_t fused_adafactor_cuda_device(int32_t, int32_t* processors, int32_t* shared_bytes,
+                                               int32_t* blocks_per_processor) {
+  const char* wanted = getenv("FUSED_ADAFACTOR_EMULATED_PROCESSORS");
+  *processors = wanted != nullptr ? atoi(wanted) : 2;
+  *shared_bytes = 64 * 1024;
+  *blocks_per_processor = 1;
+  return 0;
+}
+
+extern "C" int32_t fused_adafactor_cuda_launch(const fused_adafactor::CudaLaunch* launch, int32_t, void*) {
+  using namespace fused_adafactor;
+  const auto kernel = [](const void* argument) {
+    const CudaLaunch& launch = *static_cast<const CudaLaunch*>(argument);
+    launch.math_dtype == kFloat64 ? run_tickets<double>(launch) : run_tickets<float>(launch);
+  };
+  if (launch->programs <= 0) return 0;
+  return emulation::launch(kernel, launch, unsigned(launch->programs), kThreads, shared_bytes_of(*launch),
+                           launch->waits != 0);
+}
+
+extern "C" const char* fused_adafactor_cuda_error(int32_t code) {
+  return code == 0 ? "cudaSuccess: no error" : "the emulation knows no errors";
+}
+
+#else
+
+#include <stdio.h>
+
+extern "C" int32_t fused_adafactor_cuda_is_host() { return 0; }
+
+namespace fused_adafactor {
+
+// Makes a device the current one, and the former one again in the end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int32_t device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+  }
+  ~CurrentDevice() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = -1;
+  cudaError_t error_;
+};
+
+template <class M>
+cudaError_t put_on_stream(const CudaLaunch& launch, cudaStream_t stream) {
+  const size_t shared_bytes = shared_bytes_of(launch);
+  cudaError_t error =
+      cudaFuncSetAttribute(run_tickets<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error != cudaSuccess) return error;
+  run_tickets<M><<<unsigned(launch.programs), kThreads, shared_bytes, stream>>>(launch);
+  return cudaGetLastError();
+}
+
+}  // namespace fused_adafactor
+
+extern "C" int32_t fused_adafactor_cuda_device(int32_t device, int32_t* processors, int32_t* shared_bytes,
+                                               int32_t* blocks_per_processor) {
+  using namespace fused_adafactor;
+  const CurrentDevice current(device);
+  if (current.error() != cudaSuccess) return current.error();
+  int most = 0;
+  cudaError_t error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *shared_bytes = most - int32_t((kLarger + 127) / 128 * 128);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(run_tickets<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, kLarger);
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks_per_processor, run_tickets<float>, kThreads, kLarger);
+  }
+  return error;
+}
+
+extern "C" int32_t fused_adafactor_cuda_launch(const fused_adafactor::CudaLaunch* launch, int32_t device,
+                                               void* stream) {
+  using namespace fused_adafactor;
+  if (launch->programs <= 0) return cudaSuccess;
+  const CurrentDevice current(device);
+  if (current.error() != cudaSuccess) return current.error();
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  return launch->math_dtype == kFloat64 ? put_on_stream<double>(*launch, on) : put_on_stream<float>(*launch, on);
+}
+
+extern "C" const char* fused_adafactor_cuda_error(int32_t code) {
+  static thread_local char text[256];
+  const cudaError_t error = cudaError_t(code);
+  snprintf(text, sizeof text, "%s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
+  return text;
+}
+
+#endif
+
+#endif  // FUSED_ADAFACTOR_CUDA_LAUNCH_H
