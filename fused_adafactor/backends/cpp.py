@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
+from fused_adafactor.fields import DTYPES
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
@@ -40,13 +41,6 @@ ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
-_DTYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float64: 3,
-    torch.int8: 4,  # in blocks
-}
 _EPS1_RULES = {Eps1Rule.ADD: 0, Eps1Rule.CLAMP: 1}
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 _DECAYS = {DecayFactor.ALPHA: 1, DecayFactor.LR: 2, DecayFactor.ONE: 3}
@@ -390,13 +384,13 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.form = geometry.form
     record.matrix_rows, record.matrix_cols = geometry.matrix
     record.swapped = geometry.swapped
-    record.param_dtype = _DTYPES[spec.param_dtype]
-    record.grad_dtype = _DTYPES[spec.grad_dtype]
-    record.math_dtype = _DTYPES[spec.math_dtype]
-    record.moment_dtype = _DTYPES[b.rule.moment_dtype(spec.param_dtype)]
-    record.exp_avg_dtype = _DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
+    record.param_dtype = DTYPES[spec.param_dtype]
+    record.grad_dtype = DTYPES[spec.grad_dtype]
+    record.math_dtype = DTYPES[spec.math_dtype]
+    record.moment_dtype = DTYPES[b.rule.moment_dtype(spec.param_dtype)]
+    record.exp_avg_dtype = DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
     record.param_index = spec.id.index
-    record.mirror_dtype = _DTYPES[spec.mirror_dtype or spec.param_dtype]
+    record.mirror_dtype = DTYPES[spec.mirror_dtype or spec.param_dtype]
     record.slabs, record.lines_per_slab = geometry.slabs, geometry.lines_per_slab
     record.measures = b.rule.clip_threshold is not None
     record.measures_param_rms = b.rule.measures_param_rms
