@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_adafactor import building
 from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
 from fused_adafactor.fields import DTYPES
 from fused_adafactor.metrics import Outcome
@@ -39,7 +40,6 @@ ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
-_LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
 _EPS1_RULES = {Eps1Rule.ADD: 0, Eps1Rule.CLAMP: 1}
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
@@ -102,11 +102,12 @@ def library() -> ctypes.CDLL:
         RuntimeError: It was built for another version of this package.
         ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
     """
-    native = ctypes.CDLL(str(_library_path()))
+    path = _library_path()
+    native = ctypes.CDLL(str(path))
     found = native.fused_adafactor_abi_version()
     if found != ABI_VERSION:
         raise RuntimeError(
-            f"{_library_path().name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
+            f"{path.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
         )
     native.fused_adafactor_run.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64),  # items
@@ -127,18 +128,22 @@ def library() -> ctypes.CDLL:
 
 
 def _library_path() -> Path:
-    return Path(os.environ.get(LIBRARY_ENVIRONMENT) or _LIBRARY)
+    named = os.environ.get(LIBRARY_ENVIRONMENT)
+    return Path(named) if named else building.find_library("cpp")
 
 
 def missing() -> str | None:
     """Why this backend cannot run, or None."""
-    path = _library_path()
-    if not path.exists():
-        if path != _LIBRARY:
-            return f"{LIBRARY_ENVIRONMENT} is {path}, which is not there"
-        return "the native library was not built (no C++ compiler when the package was installed)"
+    named = os.environ.get(LIBRARY_ENVIRONMENT)
+    if named and not Path(named).exists():
+        return f"{LIBRARY_ENVIRONMENT} is {named}, which is not there"
     try:
         library()
+    except FileNotFoundError:
+        return (
+            "the native library was not built (no C++ compiler when the package was installed; "
+            "where there is one, `python -m fused_adafactor build --backend cpp` does it)"
+        )
     except (OSError, RuntimeError, ValueError) as error:
         return str(error)
     return None
