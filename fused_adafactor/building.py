@@ -7,6 +7,7 @@ file by itself, where torch is not installed. Nothing is built when the package 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -274,6 +275,23 @@ def find_library(backend: str) -> Path:
     for path in (folder.parent, folder, folder / LIBRARIES[backend]):
         _check_owner(path)
     return folder / LIBRARIES[backend]
+
+
+def load_library(path: Path, version_call: str, version: int) -> ctypes.CDLL:
+    """Load a library that has the version of its interface that is expected.
+
+    Raises:
+        OSError: It cannot be loaded.
+        RuntimeError: It was built for another version of this package, or is something else.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        found = library[version_call]()
+    except AttributeError as error:
+        raise RuntimeError(f"{path.name} has no {version_call}: it is another library") from error
+    if found != version:
+        raise RuntimeError(f"{path.name} has ABI version {found}, expected {version}; reinstall")
+    return library
 
 
 def cache_folder(backend: str) -> Path:

@@ -23,7 +23,14 @@ from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.slabs import Cut, Geometry, ItemKind, geometry_of
 from fused_adafactor.spec import TensorSpec
-from fused_adafactor.tables import MAX_DIMS, Sent, integers_row, numbers_row, tensor_row
+from fused_adafactor.tables import (
+    MAX_DIMS,
+    Sent,
+    integers_row,
+    is_capturing,
+    numbers_row,
+    tensor_row,
+)
 from fused_adafactor.tickets import (
     LAUNCH_COUNTERS,
     Item,
@@ -386,7 +393,7 @@ class Executor:
 
     def _refuse_capture(self) -> None:
         """Raise where tables cannot be made: nothing can be sent to them and kept."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             raise RuntimeError(
                 "step() is captured in a CUDA graph before it has stepped these tensors in this "
                 "way; take a step of the same kind outside of the graph first"
@@ -452,7 +459,7 @@ class Executor:
 
     def _stay_while_captured(self) -> None:
         """Keep the tables for good once a graph has been captured that reads them."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             _captured.add(self)
 
     def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> Arguments:

@@ -167,6 +167,11 @@ def integers_row(cohort: Cohort) -> list[Number]:
     return [cohort.seed, t if isinstance(t, Tensor) else int(t)]
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on a device now becomes a part of a CUDA graph, and is not done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Sent:
     """Numbers of the host, and a copy of them on a device that is renewed where they changed.
 
@@ -197,7 +202,7 @@ class Sent:
 
     def send(self, numbers: Sequence[float]) -> None:
         """Bring the copy up to date."""
-        if self.on_device.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.on_device.device):
             self._send_captured(numbers)
         elif numbers != self._last or self._captured:
             self._restock()

@@ -102,13 +102,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: It was built for another version of this package.
         ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
     """
-    path = _library_path()
-    native = ctypes.CDLL(str(path))
-    found = native.fused_adafactor_abi_version()
-    if found != ABI_VERSION:
-        raise RuntimeError(
-            f"{path.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
-        )
+    native = building.load_library(_library_path(), "fused_adafactor_abi_version", ABI_VERSION)
     native.fused_adafactor_run.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64),  # items
         *(ctypes.c_void_p, ctypes.c_int64),  # tensors

@@ -51,13 +51,7 @@ def library() -> ctypes.CDLL:
         OSError: It cannot be loaded, or may be somebody else's.
         RuntimeError: It was built for another version of this package.
     """
-    path = _library_path()
-    native = ctypes.CDLL(str(path))
-    found = native.fused_adafactor_cuda_abi_version()
-    if found != ABI_VERSION:
-        raise RuntimeError(
-            f"{path.name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
-        )
+    native = building.load_library(_library_path(), "fused_adafactor_cuda_abi_version", ABI_VERSION)
     native.fused_adafactor_cuda_device.argtypes = [
         ctypes.c_int32,
         *(ctypes.POINTER(ctypes.c_int32),) * 3,  # processors, shared bytes, blocks of a processor
