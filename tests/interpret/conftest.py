@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fused_adafactor.backends import triton as backend
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
 from tests.interpret.small import SMALL, use
 
 # A program that waits for what comes later waits for ever: one program runs after the other here.
@@ -54,8 +55,8 @@ def _not_for_ever() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture(params=backend.LAUNCHES)
+@pytest.fixture(params=LAUNCHES)
 def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to launch the kernels, one after the other."""
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, request.param)
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, request.param)
     return str(request.param)

@@ -55,8 +55,8 @@ SOME = [(7,), (3, 3), (9, 13), (5, 257), (2, 9, 70), (1025,)]
 
 def use(monkeypatch: pytest.MonkeyPatch, tuning: Tuning) -> None:
     """Cut tensors by other sizes."""
-    executor = importlib.import_module("fused_adafactor.backends.triton.executor")
-    monkeypatch.setattr(executor, "TUNING", tuning)
+    launcher = importlib.import_module("fused_adafactor.backends.triton.launcher")
+    monkeypatch.setattr(launcher, "TUNING", tuning)
 
 
 judged = functools.partial(biting.judged, backend="triton")

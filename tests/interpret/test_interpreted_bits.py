@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fused_adafactor import in_backward, joining
-from fused_adafactor.backends import triton as backend
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests.dialects import HF, KERAS
 from tests.interpret.small import FEW, SMALL, SOME, assert_same, built, results, run, use
@@ -206,8 +206,8 @@ def test_both_launch_forms_have_the_same_bits(
     rule: str, dtype: torch.dtype, extras: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    for form in backend.LAUNCHES:
-        monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, form)
+    for form in LAUNCHES:
+        monkeypatch.setenv(LAUNCH_ENVIRONMENT, form)
         runs.append(run(rule, SOME, dtype, **extras))
     assert_same(*runs)
 
@@ -229,7 +229,7 @@ def test_a_tensor_does_not_feel_what_is_stepped_with_it(
     if rule == "keras-everything":
         pytest.skip("it clips by the norm of all gradients")
     together = run(rule, SOME, F32)
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, "phases")
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, "phases")
     for number, start in enumerate(params_in(SOME, F32)):
         optimizer = built(rule, [start])
         for step in range(2):
@@ -343,7 +343,7 @@ def test_the_compiler_is_told_of_an_alignment_only_where_there_is_one(
 
     variants = importlib.import_module("fused_adafactor.backends.triton.variants")
     Variant = variants.Variant
-    monkeypatch.setattr("fused_adafactor.backends.triton.executor.step", Recorder())
+    monkeypatch.setattr("fused_adafactor.backends.triton.launcher.step", Recorder())
     for shape, lay_param, expected in (
         ((16, 16), contiguous, [True, True, True]),
         ((16, 16), misaligned, [False, False, False]),
@@ -364,15 +364,15 @@ def test_a_kernel_that_cannot_be_compiled_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two dtypes are two launches, and the first must not have run when the second fails."""
-    executor = importlib.import_module("fused_adafactor.backends.triton.executor")
+    launcher = importlib.import_module("fused_adafactor.backends.triton.launcher")
     compiled: list[object] = []
 
-    def compile_one(launch: object, *_: object) -> None:
-        compiled.append(launch)
+    def compile_one(kernel: object, *_: object) -> None:
+        compiled.append(kernel)
         if len(compiled) == 2:
             raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(executor.Launch, "compile", compile_one)
+    monkeypatch.setattr(launcher.TritonKernel, "compile", compile_one)
     params = [*params_in([(16, 16)], F32), *params_in([(16, 16)], BF16)]
     optimizer = HF(params, backend="triton")
     before = [p.detach().clone() for p in params]

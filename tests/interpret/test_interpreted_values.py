@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_adafactor import fields
 from fused_adafactor.backends import triton as backend
 from tests import stepping
 from tests.dialects import HF, KERAS, KERAS_EXTRAS, OPTAX, TORCH, VARIANTS, Dialect
@@ -314,12 +314,11 @@ def test_the_clamp_reaches_as_far_as_the_test_above_says(monkeypatch: pytest.Mon
                 spread_out([(3, 10, 13)], spread)[0].float().mul(size * torch.finfo(F32).eps)
             )
             pair.ours.step()
-    fields = importlib.import_module("fused_adafactor.backends.triton.fields")
     classes = set()
     for executor in executors:
-        place = int(executor.table[0, fields.MATRICES.value])
-        records = executor.scratch[place:].view(F64)[: 3 * fields.MATRIX_FIELDS.value].view(3, -1)
-        classes |= set(records[:, fields.MATRIX_CLAMP.value].tolist())
+        place = int(executor.table[0, fields.MATRICES])
+        records = executor.scratch[place:].view(F64)[: 3 * fields.MATRIX_FIELDS].view(3, -1)
+        classes |= set(records[:, fields.MATRIX_CLAMP].tolist())
     assert classes == {0.0, 1.0, 2.0, 3.0}
 
 

@@ -22,9 +22,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fused_adafactor.backends.triton.executor import Executor, Launch
 from fused_adafactor.backends.triton.kernel import step
+from fused_adafactor.backends.triton.launcher import TritonKernel
 from fused_adafactor.backends.triton.variants import Variant
+from fused_adafactor.launching import Arguments
 from fused_adafactor.slabs import ItemKind
 
 # By target, the largest shared memory of a program: CUDA's programming guide, CDNA 3's ISA.
@@ -71,13 +72,12 @@ class Source(NamedTuple):
         return self.variant.ALIGNED and any(self.variant.KINDS[kind] for kind in _SWEEPS)
 
 
-def source_of(executor: Executor, launch: Launch) -> Source:
-    """The kernel of a launch."""
-    arguments = executor.arguments(launch, executor.no_factors, executor.no_skips)
+def source_of(kernel: TritonKernel, arguments: Arguments) -> Source:
+    """What a kernel is compiled from for these arguments."""
     return Source(
-        launch.variant,
+        kernel.variant,
         types=tuple(_type_of(argument) for argument in arguments),
-        options=tuple(executor.options.items()),
+        options=tuple(kernel.options.items()),
     )
 
 
