@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ ABI_VERSION = 1
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_CUDA_LIBRARY"  # another build
 ENVIRONMENTS = (LIBRARY_ENVIRONMENT, LAUNCH_ENVIRONMENT)
 TUNING = Tuning()
+_ELEMENTS_OF_A_THREAD = 16  # of a line, at most: kWidest in csrc/cuda/shared.cuh
 
 
 class _Launch(ctypes.Structure):
@@ -150,7 +152,11 @@ class CudaLauncher:
     def __init__(self, spec: TensorSpec, launch_form: str) -> None:
         """Ask the library for what the device has."""
         self.device, self.math_dtype = spec.device, spec.math_dtype
-        self.tuning = TUNING.for_math(spec.math_dtype)
+        widest = _ELEMENTS_OF_A_THREAD * library().fused_adafactor_cuda_threads()
+        tuning = replace(
+            TUNING, widest=min(TUNING.widest, widest), chunk=min(TUNING.chunk, widest)
+        )
+        self.tuning = tuning.for_math(spec.math_dtype)
         self.waits = launch_form == "persistent"
         found = [ctypes.c_int32() for _ in range(3)]
         number = self.device.index or 0
