@@ -11,12 +11,11 @@
 
 namespace fused_adafactor {
 
-constexpr int kBlock = 32;       // elements; the last block of a line may have fewer
 constexpr uint32_t kPoisoned = 255;  // scale of a block that reads as NaN
 
 // Number of the block that an element is in.
 template <class M>
-__device__ __noinline__ int64_t block_of_element(const Job<M>& job, int64_t k) {
+__device__ __forceinline__ int64_t block_of_element(const Job<M>& job, int64_t k) {
   const int64_t length = job.row[f::kBlockLine];
   return k / length * ((length + kBlock - 1) / kBlock) + k % length / kBlock;
 }

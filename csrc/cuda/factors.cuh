@@ -78,14 +78,15 @@ __device__ __noinline__ void merge(Shared<M>& shared, int64_t item) {
   double shares = 0, cross_sum = 0, cross_min = kInfinity, cross_max = 0, grad_sq = 0;
   for (int64_t first = begin; first < end; first += kSet) {
     M own[2][kSet / kWarp] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t slab = warp; slab < slabs; slab += kWarps) {
+      const M* sums = partial + 2 * slab * cols + first + lane;
+      const int left = int(least(end - first, kSet)) - lane;
 #pragma unroll
       for (int i = 0; i < kSet / kWarp; ++i) {
-        const int64_t column = first + i * kWarp + lane;
-        if (column >= end) continue;
-        own[0][i] += partial[2 * slab * cols + column];
-        if (weighs) own[1][i] += partial[(2 * slab + 1) * cols + column];
+        if (i * kWarp >= left) continue;
+        own[0][i] += sums[i * kWarp];
+        if (weighs) own[1][i] += sums[cols + i * kWarp];
       }
     }
     M total[2][(kSet + kThreads - 1) / kThreads];
@@ -247,10 +248,10 @@ __device__ __forceinline__ void set_clip(const Job<M>& job, double update_sq) {
   job.outcome[f::kByClip] = 1.0 / (ratio < 1.0 ? 1.0 : ratio);  // so that NaN stays
 }
 
-// Norms, clamps, what is known of Σ u², the step size, and whether the tensor is skipped. Returns whether RMS(u) is
-// known, or not wanted: the third sweep has nothing to do.
+// Norms, clamps, what is known of Σ u², the step size, and whether the tensor is skipped. RMS(u) is unknown where it is
+// wanted and the third sweep has to find it out.
 template <class M>
-__device__ __noinline__ bool finalize(Shared<M>& shared) {
+__device__ __noinline__ void finalize(Shared<M>& shared) {
   const Job<M>& job = shared.job;
   const double grad_sq = total_grad_sq(shared);
   double update_sq = 0;
@@ -283,7 +284,6 @@ __device__ __noinline__ bool finalize(Shared<M>& shared) {
     if (measures && !unknown) set_clip(job, update_sq);
     job.outcome[f::kUnknown] = unknown ? 1.0 : 0.0;
   }
-  return !unknown;
 }
 
 // RMS(u) once the third sweep is over.

@@ -3,7 +3,7 @@
 #ifndef FUSED_ADAFACTOR_CUDA_FIRST_SWEEP_CUH
 #define FUSED_ADAFACTOR_CUDA_FIRST_SWEEP_CUH
 
-#include "arrivals.cuh"
+#include "rounds.cuh"
 #include "tiny.cuh"
 #include "walk.cuh"
 
@@ -31,11 +31,13 @@ __device__ __forceinline__ M sum_of_squares(const M (&x)[kElements]) {
   return sum;
 }
 
-// Σ p² of some columns of some lines; each thread's share.
+// Σ p² of a unit of lines; each thread's share.
 template <class T, class M>
-__device__ __forceinline__ double param_squares(const Job<M>& job, Lines lines, Range columns) {
+__device__ __forceinline__ double param_squares(const Job<M>& job, int64_t unit) {
+  const int64_t chunks = job.row[f::kChunks];
+  const Lines lines = lines_of(job, unit / chunks);
   double sum = 0;
-  for (Walk<T> walk(lines.begin, lines.end, columns); walk.round(); walk.next()) {
+  for (Walk<T> walk(lines.begin, lines.end, columns_of(job, unit % chunks)); walk.round(); walk.next()) {
     M p[T::kElements];
     read<T>(job, f::kParam, f::kStrides, T::param_dtype(job), walk.place(job.row[f::kCols]), p);
     sum += double(sum_of_squares(p));
@@ -79,14 +81,14 @@ __device__ __forceinline__ M sum_of_chunks(const Job<M>& job, int64_t line) {
 // Add up the sums of columns that a thread has for some of their lines, and store them. Threads of a group hold
 // neighbouring columns, `kVectors` runs of them.
 template <class T, int kVectors, class M>
-__device__ __forceinline__ void store_columns(Shared<M>& shared, M (&sums)[kVectors][T::kElements], int group,
-                                              int64_t count, M* to) {
+__device__ __forceinline__ void store_columns(Shared<M>& shared, M (&sums)[kVectors][T::kElements], M* to) {
   constexpr int N = T::kElements;
-  const int thread = thread_number(), lane = thread % group;
+  const int thread = thread_number(), group = shared.rounds.group, count = shared.rounds.width;
+  const int lane = thread % group;
   if (group == kThreads) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = (int64_t(v) * group + lane) * N;
+      const int column = (v * group + lane) * N;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (column + i < count) to[column + i] = sums[v][i];
@@ -109,7 +111,7 @@ __device__ __forceinline__ void store_columns(Shared<M>& shared, M (&sums)[kVect
     // Where a group is a part of a warp, each of a warp's groups has the sum of all of them.
     const int step = group < kWarp ? kWarp : group;
     for (int own = thread; own < group * N; own += kThreads) {
-      const int64_t column = int64_t(v) * group * N + own;
+      const int column = v * group * N + own;
       M total = M(0);
       for (int first = 0; first < kThreads; first += step) total += columns[first * N + own];
       if (column < count) to[column] = total;
@@ -127,12 +129,26 @@ __device__ __forceinline__ M finish_line(const Job<M>& job, int64_t line, M old,
   return total != M(0) ? M(1) / total : M(0);  // a line of zeros has no share
 }
 
-// Where the sums across the lines of a matrix go, of a slab.
+// Where the sums across the lines of a matrix go, of a unit.
 template <class M>
-__device__ __forceinline__ M* partial_sums(const Job<M>& job, int64_t slab, int64_t first_line, Range columns) {
-  const int64_t per_matrix = job.row[f::kSlabsPerMatrix];
-  const int64_t number = first_line / job.row[f::kRows] * per_matrix + slab % per_matrix;
-  return job.template in_scratch<M>(f::kPartial) + 2 * number * job.row[f::kCols] + columns.begin;
+__device__ __forceinline__ M* partial_sums(const Job<M>& job, int64_t unit, int64_t first_line) {
+  const int64_t per_matrix = job.row[f::kSlabsPerMatrix], chunks = job.row[f::kChunks];
+  const int64_t number = first_line / job.row[f::kRows] * per_matrix + unit / chunks % per_matrix;
+  return job.template in_scratch<M>(f::kPartial) + 2 * number * job.row[f::kCols] + unit % chunks * job.row[f::kChunk];
+}
+
+__device__ __forceinline__ int warps_of(int group) { return group < kWarp ? 1 : group / kWarp; }
+
+// The end of the lines of a matrix.
+__device__ __forceinline__ int end_of_block(const Rounds& rounds, int first) {
+  return first + rounds.block < rounds.length ? first + rounds.block : rounds.length;
+}
+
+template <class T, class M>
+__device__ __forceinline__ Place place_in_round(const Shared<M>& shared, int first_of_block, int line, int column) {
+  const Rounds& rounds = shared.rounds;
+  const bool here = line < end_of_block(rounds, first_of_block) && column < rounds.width;
+  return place_of<T>(rounds.first + line * shared.job.row[f::kCols] + column, here);
 }
 
 // Sums over a slab of lines of matrices, along them and across; final second moments of lines.
@@ -141,47 +157,39 @@ __device__ __forceinline__ M* partial_sums(const Job<M>& job, int64_t slab, int6
 template <class T, int kVectors, int kTogether, class M>
 __device__ __noinline__ void sum_lines(Shared<M>& shared, int unit) {
   constexpr int N = T::kElements;
+  begin_rounds<T, kVectors, kTogether>(shared, unit);
   const Job<M>& job = shared.job;
-  const int chunks = int(job.row[f::kChunks]), chunk = unit % chunks, slab = unit / chunks;
-  const Lines lines = lines_of(job, slab);
-  const Range columns = columns_of(job, chunk);
-  const int width = int(columns.end - columns.begin), length = int(lines.end - lines.begin), block = int(lines.block);
-  const bool weighs = T::has(job, f::kWeighsSwitch);
-  // Not fewer than hold a block of 8-bit numbers.
-  const int group = power_of_2(most((job.row[f::kChunk] + N * kVectors - 1) / (N * kVectors), kBlock / N));
-  const int together = kThreads / group, warps_of_group = group < kWarp ? 1 : group / kWarp;
-  const int thread = thread_number(), lane = thread % group, own = thread / group;
-  Arrivals<T, kVectors, kTogether, M> arrivals(shared, unit, lines, columns, group);
+  const Rounds& rounds = shared.rounds;
+  const int thread = thread_number();
+  if (T::kStashes && rounds.arrive) {
+    for (int ahead = 0; ahead < kAhead; ++ahead) ask_for_round<T>(shared, ahead);
+  }
   double grad_sq = 0;
-  for (int first_of_block = 0; first_of_block < length; first_of_block += block) {
-    const int last = first_of_block + block < length ? first_of_block + block : length;
+  int round = 0;
+#pragma unroll 1
+  for (int first_of_block = 0; first_of_block < rounds.length; first_of_block += rounds.block) {
     M square[kVectors][N] = {}, weighted[kVectors][N] = {};
 #pragma unroll 1
-    for (int first = first_of_block; first < last; first += together * kTogether) {
+    for (int first = first_of_block; first < end_of_block(rounds, first_of_block); first += rounds.lines) {
       // A thread for each line finishes it: what it needs for that is on its way with the gradient.
-      const bool finishes = thread < together * kTogether && first + thread < last;
+      const bool finishes = thread < rounds.lines && first + thread < end_of_block(rounds, first_of_block);
       M old = M(0);
       uint32_t random = 0;
       if (finishes && !T::has(job, f::kNormClippedSwitch)) {
-        const int64_t line = lines.begin + first + thread;
+        const int64_t line = rounds.first_line + first + thread;
         old = read_one<M>(reinterpret_cast<const void*>(job.row[f::kLineVar]), int(job.row[f::kMomentDtype]), line);
         random = random_of_factor(job, line, false);
       }
       M g[kTogether][kVectors][N];
-      arrivals.wait_for_round();
+      wait_for_round<T>(shared, round);
 #pragma unroll
       for (int b = 0; b < kTogether; ++b) {
-        const int line = first + b * together + own;
+        const int line = b * (kThreads / rounds.group) + thread / rounds.group;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const int column = (v * group + lane) * N;
-          const bool here = line < last && column < width;
-          const Place at = place_of<T>((lines.begin + line) * job.row[f::kCols] + columns.begin + column, here);
-          if (arrivals.there()) {
-            arrivals.read(line - first, column, here, g[b][v]);
-          } else {
-            read_from<T>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g[b][v]);
-          }
+          const int column = (v * rounds.group + thread % rounds.group) * N;
+          const Place at = place_in_round<T>(shared, first_of_block, first + line, column);
+          read_of_round<T>(shared, round, line, column, at, g[b][v]);
           unscale<T>(job, at, g[b][v]);
         }
       }
@@ -195,45 +203,48 @@ __device__ __noinline__ void sum_lines(Shared<M>& shared, int unit) {
           clip<T>(job, M(1), g[b][v]);
           sum += sum_of_squares(g[b][v]);
         }
-        sum = of_lanes<Sum>(sum, group < kWarp ? group : kWarp);
-        if (lane % kWarp == 0) shared.lines.sums[(b * together + own) * warps_of_group + lane / kWarp] = sum;
+        sum = of_lanes<Sum>(sum, rounds.group < kWarp ? rounds.group : kWarp);
+        const int line = b * (kThreads / rounds.group) + thread / rounds.group, lane = thread % rounds.group;
+        if (lane % kWarp == 0) shared.lines.sums[line * warps_of(rounds.group) + lane / kWarp] = sum;
       }
       __syncthreads();
-      arrivals.ask_for_next();
+      if (T::kStashes && rounds.arrive) ask_for_round<T>(shared, round + kAhead);
       if (finishes) {
+        const int warps = warps_of(rounds.group);
         M total = M(0);
-        for (int warp = 0; warp < warps_of_group; ++warp) total += shared.lines.sums[thread * warps_of_group + warp];
+        for (int warp = 0; warp < warps; ++warp) total += shared.lines.sums[thread * warps + warp];
         if (!T::has(job, f::kValueClipSwitch)) grad_sq += double(total);
+        const bool keeps = unit % int(job.row[f::kChunks]) == 0;
         shared.lines.weights[thread] =
-            finish_line(job, lines.begin + first + thread, old, total, random, chunk == 0);
+            finish_line(job, rounds.first_line + first + thread, old, total, random, keeps);
       }
       __syncthreads();
 #pragma unroll
       for (int b = 0; b < kTogether; ++b) {
-        const int line = first + b * together + own;
-        const M weight = shared.lines.weights[b * together + own];
+        const int line = b * (kThreads / rounds.group) + thread / rounds.group;
+        const M weight = shared.lines.weights[line];
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
           for (int i = 0; i < N; ++i) square[v][i] = fused(g[b][v][i], g[b][v][i], square[v][i]);
-          if (!weighs) continue;
-          const int column = (v * group + lane) * N;
-          const bool here = line < last && column < width;
-          const Place at = place_of<T>((lines.begin + line) * job.row[f::kCols] + columns.begin + column, here);
+          if (!T::has(job, f::kWeighsSwitch)) continue;
+          const int column = (v * rounds.group + thread % rounds.group) * N;
+          const Place at = place_in_round<T>(shared, first_of_block, first + line, column);
           M num[N], exp_avg[N];
           numerator<T>(shared, at, g[b][v], num, exp_avg);
-          const M share = here ? weight : M(0);
+          const M share = at.count > 0 ? weight : M(0);
 #pragma unroll
           for (int i = 0; i < N; ++i) weighted[v][i] = fused(num[i] * num[i], share, weighted[v][i]);
         }
       }
+      ++round;
     }
-    M* partial = partial_sums(job, slab, lines.begin + first_of_block, columns);
-    store_columns<T, kVectors>(shared, square, group, width, partial);
-    if (weighs) store_columns<T, kVectors>(shared, weighted, group, width, partial + job.row[f::kCols]);
+    M* partial = partial_sums(job, unit, rounds.first_line + first_of_block);
+    store_columns<T, kVectors>(shared, square, partial);
+    if (T::has(job, f::kWeighsSwitch)) store_columns<T, kVectors>(shared, weighted, partial + job.row[f::kCols]);
   }
-  const bool held = arrivals.end();
-  const double param_sq = T::has(job, f::kParamRmsSwitch) ? param_squares<T>(job, lines, columns) : 0.0;
+  const bool held = end_rounds<T>(shared, unit, round);
+  const double param_sq = T::has(job, f::kParamRmsSwitch) ? param_squares<T>(job, unit) : 0.0;
   store_sums(shared, unit, grad_sq, param_sq, 0.0, held);
 }
 
@@ -242,9 +253,8 @@ template <class M>
 __device__ __noinline__ void sum_lines_loosely(Shared<M>& shared, int64_t unit) {
   typedef Loose T;
   const Job<M>& job = shared.job;
-  const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, slab = unit / chunks;
-  const int64_t cols = job.row[f::kCols];
-  const Lines lines = lines_of(job, slab);
+  const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, cols = job.row[f::kCols];
+  const Lines lines = lines_of(job, unit / chunks);
   const Range columns = columns_of(job, chunk);
   const bool weighs = job.has(f::kWeighsSwitch), clips_values = job.has(f::kValueClipSwitch);
   const int thread = thread_number(), lane = thread % kWarp;
@@ -252,7 +262,7 @@ __device__ __noinline__ void sum_lines_loosely(Shared<M>& shared, int64_t unit) 
   double grad_sq = 0;
   for (int64_t first_of_block = lines.begin; first_of_block < lines.end; first_of_block += lines.block) {
     const int64_t last = least(first_of_block + lines.block, lines.end);
-    M* partial = partial_sums(job, slab, first_of_block, columns);
+    M* partial = partial_sums(job, unit, first_of_block);
     for (int64_t first = first_of_block; first < last; first += kLinesOfRound) {
       const int together = int(least(kLinesOfRound, last - first));
       __syncthreads();  // before weights are overwritten that others still read
@@ -299,7 +309,7 @@ __device__ __noinline__ void sum_lines_loosely(Shared<M>& shared, int64_t unit) 
       }
     }
   }
-  const double param_sq = job.has(f::kParamRmsSwitch) ? param_squares<T>(job, lines, columns) : 0.0;
+  const double param_sq = job.has(f::kParamRmsSwitch) ? param_squares<T>(job, unit) : 0.0;
   store_sums(shared, unit, grad_sq, param_sq, 0.0);
 }
 

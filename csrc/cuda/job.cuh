@@ -11,6 +11,9 @@
 namespace fused_adafactor {
 
 namespace f = fields;
+
+constexpr int kBlock = 32;  // elements of a block of 8-bit numbers; the last one of a line may have fewer
+
 static_assert(int(kUnfactored) == int(f::kUnfactored) && int(kFactored) == int(f::kFactored) &&
                   int(kTiny) == int(f::kTiny),
               "forms are those of the CPU");
@@ -42,8 +45,8 @@ struct Job {
   char* scratch;
   double* outcome;
   uint8_t* skip;
+  int32_t* progress;  // its counters
   M alpha, by_clip, decayed;  // of the outcome, once it is known
-  bool joined;
 
   __device__ __forceinline__ bool has(int bit) const { return (row[f::kSwitches] >> bit & 1) != 0; }
   __device__ __forceinline__ int momentum() const { return int(row[f::kSwitches] >> f::kMomentumSwitch & 3); }

@@ -252,7 +252,7 @@ __device__ __forceinline__ void write_factors(const Job<M>& job, int64_t chunk, 
 // Write a slab of lines of matrices, and what else the tensor owns of them. The gradients of its first lines may be in
 // the stash.
 template <class T, class M>
-__device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit, const Held* held) {
+__device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit) {
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, rows = job.row[f::kRows];
@@ -261,15 +261,16 @@ __device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit, const 
   const Range columns = columns_of(job, chunk);
   const int64_t first_matrix = lines.begin / rows;
   const bool several = lines.end - lines.begin > lines.block;
+  const int held = T::kStashes && shared.task.from_stash ? shared.stash.held[0].lines : 0;
   for (Walk<T> walk(lines.begin, lines.end, columns); walk.round(); walk.next()) {
     const bool here = walk.here();
     const Place at = walk.place(cols);
     M g[N], inverse_v[N];
     const int line = int(walk.line() - lines.begin);
-    if (T::kStashes && held != nullptr && here && line < held->lines) {
+    if (here && line < held) {
       if constexpr (T::kStashes) {
         const int64_t place = line * (columns.end - columns.begin) + walk.column() - columns.begin;
-        read_vector<false>(shared.stash.memory + held->begin, T::kStashedDtype, place, g);
+        read_vector<false>(shared.stash.memory + shared.stash.held[0].begin, T::kStashedDtype, place, g);
       }
     } else {
       read_from<T, true>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
@@ -333,7 +334,7 @@ __device__ __forceinline__ void measure_unit(Shared<M>& shared, int64_t unit) {
 
 // The second sweep of a unit, whatever its form.
 template <class M>
-__device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit, const Held* held) {
+__device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit) {
   Job<M>& job = shared.job;
   // What finalizing has found out, which another block may have done.
   if (thread_number() == 0) {
@@ -347,7 +348,7 @@ __device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit, cons
   } else if (job.row[f::kForm] == f::kUnfactored) {
     with_alignment(job, [&](auto traits) { apply_flat<decltype(traits)>(shared, unit); });
   } else {
-    with_traits<4>(job, [&](auto traits) { apply_lines<decltype(traits)>(shared, unit, held); });
+    with_traits<4>(job, [&](auto traits) { apply_lines<decltype(traits)>(shared, unit); });
   }
 }
 

@@ -40,12 +40,35 @@ struct LineSums {
   M columns[8 * kThreads];
 };
 
+// A unit of lines that is summed, round by round: registers are for its elements.
+struct Rounds {
+  int64_t first_line, first;  // and element
+  int32_t length, width;      // lines and columns
+  int32_t block;              // lines of one matrix
+  int32_t lines;              // of a round
+  int32_t group;              // threads of a line
+  int32_t ring, begin;        // where its rounds arrive in the stash, and where those lie that stay
+  int32_t held;               // lines that stay
+  bool arrive;                // rounds come through the stash
+};
+
+// What the block is at. Here and not in registers, all of which an item may take.
+struct Task {
+  int64_t ticket;
+  int64_t wave;        // up to which kept units are to be applied
+  int32_t item, end;   // of the ticket
+  int32_t kind, tensor, unit;
+  bool from_stash;     // the unit is one that this block keeps: the first of them
+};
+
 template <class M>
 struct Shared {
+  CudaLaunch launch;
+  Task task;
   Job<M> job;
   Stash stash;
+  Rounds rounds;
   double reduced[kWarps];
-  int64_t ticket;
   int32_t flag;
   uint8_t scales[kThreads];
   union {

@@ -28,7 +28,6 @@ struct Stash {
   int32_t bytes;
   int32_t count;        // of units that are held
   uint32_t rounds;      // that have arrived since the launch
-  int32_t tensor;       // of the item
   bool keeps;           // whether the item's unit may be kept: it will be applied by a later ticket
   Held held[kMostHeld];  // in the order of their tickets
 

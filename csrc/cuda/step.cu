@@ -9,12 +9,14 @@ namespace fused_adafactor {
 
 // What an item is of, from the tables.
 template <class M>
-__device__ __forceinline__ void begin_job(const CudaLaunch& launch, int tensor, Shared<M>& shared) {
+__device__ __forceinline__ void begin_job(Shared<M>& shared) {
+  __syncthreads();  // the task is set, and the last one over
+  const CudaLaunch& launch = shared.launch;
   Job<M>& job = shared.job;
+  const int tensor = shared.task.tensor;
   const int64_t* row = launch.table + int64_t(tensor) * f::kTensorFields;
   const int64_t rule = row[f::kRule];
   const double* numbers = launch.numbers + rule * f::kNumbers;
-  __syncthreads();  // the last item may still be read
   for (int i = thread_number(); i < f::kTensorFields; i += kThreads) job.row[i] = row[i];
   for (int i = thread_number(); i < f::kNumbers; i += kThreads) job.numbers[i] = M(numbers[i]);
   if (thread_number() == 0) {
@@ -27,6 +29,7 @@ __device__ __forceinline__ void begin_job(const CudaLaunch& launch, int tensor, 
     job.scratch = static_cast<char*>(launch.scratch);
     job.outcome = launch.outcomes + int64_t(tensor) * f::kOutcomes;
     job.skip = launch.skips + tensor;
+    job.progress = launch.counters + row[f::kProgress];
   }
   __syncthreads();
 }
@@ -41,127 +44,174 @@ __device__ __forceinline__ bool seen_by_all(Shared<M>& shared, F look) {
 }
 
 template <class M>
-__device__ __forceinline__ void run_item(const CudaLaunch& launch, int kind, int tensor, int64_t unit,
-                                         Shared<M>& shared, const Held* held) {
-  begin_job(launch, tensor, shared);
+__device__ __forceinline__ bool is_skipped(Shared<M>& shared) {
+  return seen_by_all(shared, [&] { return *shared.job.skip != 0; });
+}
+
+// Whether RMS(u) takes the third sweep.
+template <class M>
+__device__ __forceinline__ bool is_unknown(Shared<M>& shared) {
+  return seen_by_all(shared, [&] { return shared.job.outcome[f::kUnknown] > 0; });
+}
+
+// Whether a block keeps the gradient of the unit, and applies it itself.
+template <class M>
+__device__ __forceinline__ bool is_held_elsewhere(Shared<M>& shared) {
+  if (shared.launch.stash_bytes == 0 || shared.task.from_stash) return false;
+  const double* sums = shared.job.template in_scratch<double>(f::kSums) + int64_t(shared.task.unit) * f::kUnitSums;
+  return seen_by_all(shared, [&] { return sums[f::kUnitHeld] > 0; });
+}
+
+// Wait for a counter of the tensor, where items wait for each other.
+template <class M>
+__device__ __forceinline__ void wait_for_counter(const Shared<M>& shared, int counter, int64_t value) {
+  wait_for(shared.job.progress + counter, value, shared.launch.waits != 0);
+}
+
+template <class M>
+__device__ __forceinline__ void count_up_counter(const Shared<M>& shared, int counter) {
+  count_up(shared.job.progress + counter, shared.launch.waits != 0);
+}
+
+// Wait until the wave whose scratch this tensor takes over has been applied.
+template <class M>
+__device__ __forceinline__ void wait_for_place(const Shared<M>& shared) {
+  const int64_t after = shared.job.row[f::kAfter];
+  if (after >= 0) wait_for(shared.launch.counters + after, shared.job.row[f::kAfterCount], shared.launch.waits != 0);
+}
+
+template <class M>
+__device__ __forceinline__ void wait_for_sums(const Shared<M>& shared) {
+  if (shared.launch.joined == 0) wait_for_counter(shared, f::kStatsDone, shared.job.row[f::kUnits]);
+}
+
+// The item of the task.
+template <class M>
+__device__ __noinline__ void run_item(Shared<M>& shared) {
+  begin_job(shared);
   const Job<M>& job = shared.job;
-  int32_t* progress = launch.counters + job.row[f::kProgress];
-  const int64_t units = job.row[f::kUnits], chunks = job.row[f::kChunks];
-  const bool waits = launch.waits != 0, sweeps = launch.joined == 0;
-  const auto wait_for_place = [&] {  // until the wave whose scratch this tensor takes over has been applied
-    if (job.row[f::kAfter] >= 0) wait_for(launch.counters + job.row[f::kAfter], job.row[f::kAfterCount], waits);
-  };
-  const auto wait_for_sums = [&] {
-    if (sweeps) wait_for(progress + f::kStatsDone, units, waits);
-  };
-  const auto skipped = [&] { return seen_by_all(shared, [&] { return *job.skip != 0; }); };
-  const auto held_by_a_block = [&] {
-    const double* sums = job.template in_scratch<double>(f::kSums) + unit * f::kUnitSums;
-    return launch.stash_bytes > 0 && seen_by_all(shared, [&] { return sums[f::kUnitHeld] > 0; });
-  };
-  const auto unknown = [&] { return seen_by_all(shared, [&] { return job.outcome[f::kUnknown] > 0; }); };
-  switch (kind) {
+  const Task& task = shared.task;
+  switch (task.kind) {
     case f::kChunkKind:
-      wait_for_place();
-      sum_chunk_of(shared, unit);
-      count_up(progress + f::kChunksDone + unit / chunks, waits);
+      wait_for_place(shared);
+      sum_chunk_of(shared, task.unit);
+      count_up_counter(shared, f::kChunksDone + task.unit / int(job.row[f::kChunks]));
       break;
     case f::kStatsKind:
-      wait_for_place();
-      if (chunks > 1) wait_for(progress + f::kChunksDone + unit / chunks, chunks, waits);
-      sum_unit(shared, unit);
-      count_up(progress + f::kStatsDone, waits);
+      wait_for_place(shared);
+      if (job.row[f::kChunks] > 1) {
+        wait_for_counter(shared, f::kChunksDone + task.unit / int(job.row[f::kChunks]), job.row[f::kChunks]);
+      }
+      sum_unit(shared, task.unit);
+      count_up_counter(shared, f::kStatsDone);
       break;
     case f::kTotalKind:
-      wait_for(progress + f::kStatsDone, units, waits);
+      wait_for_counter(shared, f::kStatsDone, job.row[f::kUnits]);
       total_grad_sq(shared);
       break;
     case f::kMergeKind:
-      wait_for_sums();
-      merge(shared, unit);
-      count_up(progress + f::kMergesDone, waits);
+      wait_for_sums(shared);
+      merge(shared, task.unit);
+      count_up_counter(shared, f::kMergesDone);
       break;
-    case f::kFinalizeKind: {
-      wait_for_sums();
-      wait_for(progress + f::kMergesDone, job.row[f::kMerges], waits);
-      const bool measured = finalize(shared);
-      count_up(progress + f::kFinalized, waits);
-      if (measured) count_up(progress + f::kMeasured, waits);
+    case f::kFinalizeKind:
+      wait_for_sums(shared);
+      wait_for_counter(shared, f::kMergesDone, job.row[f::kMerges]);
+      finalize(shared);
+      count_up_counter(shared, f::kFinalized);
+      if (!is_unknown(shared)) count_up_counter(shared, f::kMeasured);
       break;
-    }
     case f::kUpdateRmsKind:
-      wait_for(progress + f::kFinalized, 1, waits);
-      if (unknown()) measure_unit(shared, unit);
-      count_up(progress + f::kRmsDone, waits);
+      wait_for_counter(shared, f::kFinalized, 1);
+      if (is_unknown(shared)) measure_unit(shared, task.unit);
+      count_up_counter(shared, f::kRmsDone);
       break;
     case f::kMeasureKind:
-      wait_for(progress + f::kFinalized, 1, waits);
-      wait_for(progress + f::kRmsDone, units, waits);
-      if (unknown()) {
-        measure(shared);
-        count_up(progress + f::kMeasured, waits);
-      }
+      wait_for_counter(shared, f::kFinalized, 1);
+      wait_for_counter(shared, f::kRmsDone, job.row[f::kUnits]);
+      if (!is_unknown(shared)) break;
+      measure(shared);
+      count_up_counter(shared, f::kMeasured);
       break;
     case f::kApplyKind:
-      wait_for(progress + f::kMeasured, 1, waits);
-      if (held == nullptr && held_by_a_block()) break;
-      if (!skipped()) apply_unit(shared, unit, held);
-      count_up(launch.counters + job.row[f::kWave], waits);
+      wait_for_counter(shared, f::kMeasured, 1);
+      if (is_held_elsewhere(shared)) break;
+      if (!is_skipped(shared)) apply_unit(shared, task.unit);
+      count_up(shared.launch.counters + job.row[f::kWave], shared.launch.waits != 0);
       break;
     case f::kAccumulateKind:
     case f::kAverageKind:
-      if (!skipped()) idle_unit(job, unit, kind == f::kAccumulateKind);
+      if (!is_skipped(shared)) idle_unit(job, task.unit, task.kind == f::kAccumulateKind);
       break;
   }
+  __syncthreads();  // before the next task
 }
 
 // The last wave whose second sweep begins before a ticket that begins with this item, as `tickets_of` orders them; the
 // first sweep of a wave comes before the second one of the wave before it.
-__device__ __forceinline__ int64_t waves_due(const CudaLaunch& launch, const int32_t* item) {
+__device__ __forceinline__ int64_t wave_before(const CudaLaunch& launch, const int32_t* item) {
   const int64_t wave = launch.table[item[1] * int64_t(f::kTensorFields) + f::kWave];
   if (item[0] == f::kApplyKind) return wave;
   return item[0] == f::kChunkKind || item[0] == f::kStatsKind ? wave - 2 : wave - 1;
 }
 
-// Apply the units that this block keeps, of waves up to this one.
+// Apply the units that this block keeps, up to the wave of the task.
 //
 // Nobody else will, so it is done before the block may wait for what comes after that. Then it is as if the block held
 // their tickets: what they wait for has lower ones, and what waits for them has higher ones.
 template <class M>
-__device__ __forceinline__ void apply_held(const CudaLaunch& launch, int64_t wave, Shared<M>& shared) {
+__device__ __forceinline__ void apply_held(Shared<M>& shared) {
   Stash& stash = shared.stash;
-  int done = 0;
-  for (; done < stash.count && stash.held[done].wave <= wave; ++done) {
-    const Held* held = stash.held + done;
-    run_item(launch, f::kApplyKind, held->tensor, held->unit, shared, held);
-  }
-  if (done == 0) return;
   __syncthreads();
-  if (thread_number() == 0) {
-    stash.count -= done;
-    for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + done];
+#pragma unroll 1
+  while (stash.count > 0 && stash.held[0].wave <= shared.task.wave) {
+    if (thread_number() == 0) {
+      shared.task.kind = f::kApplyKind;
+      shared.task.tensor = stash.held[0].tensor;
+      shared.task.unit = stash.held[0].unit;
+      shared.task.from_stash = true;
+    }
+    run_item(shared);
+    if (thread_number() == 0) {
+      --stash.count;
+      for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + 1];
+    }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
-// The items of a ticket, one after the other.
+// The items of the task's ticket, one after the other.
 template <class M>
-__device__ __forceinline__ void run_ticket(const CudaLaunch& launch, int64_t ticket, Shared<M>& shared) {
-  const int begin = launch.tickets[ticket], end = launch.tickets[ticket + 1];
-  for (int item = begin; item < end; ++item) {
-    const int32_t* what = launch.items + 3 * int64_t(item);
-    if (item == begin && shared.stash.count > 0) apply_held(launch, waves_due(launch, what), shared);
+__device__ __forceinline__ void run_ticket(Shared<M>& shared) {
+  Task& task = shared.task;
+  if (thread_number() == 0) {
+    const CudaLaunch& launch = shared.launch;
+    task.item = launch.tickets[task.ticket];
+    task.end = launch.tickets[task.ticket + 1];
+    task.wave = wave_before(launch, launch.items + 3 * int64_t(task.item));
+    shared.stash.keeps = launch.waits != 0 && task.end - task.item == 1;  // else it is applied by this ticket
+  }
+  apply_held(shared);
+#pragma unroll 1
+  while (task.item < task.end) {
     if (thread_number() == 0) {
-      shared.stash.tensor = what[1];
-      shared.stash.keeps = launch.waits != 0 && end - begin == 1;  // else it is applied by this ticket
+      const int32_t* what = shared.launch.items + 3 * int64_t(task.item);
+      task.kind = what[0];
+      task.tensor = what[1];
+      task.unit = what[2];
+      task.from_stash = false;
     }
-    run_item(launch, what[0], what[1], what[2], shared, nullptr);
+    run_item(shared);
+    if (thread_number() == 0) ++task.item;
+    __syncthreads();
   }
 }
 
 template <class M>
 __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared, char* stash_memory) {
   if (thread_number() == 0) {
+    shared.launch = launch;
+    shared.task.ticket = int64_t(launch.begin) + blockIdx.x;
     shared.stash.memory = stash_memory;
     shared.stash.bytes = launch.stash_bytes;
     shared.stash.count = 0;
@@ -169,16 +219,16 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
     for (int i = 0; i < kAhead; ++i) make_barrier(shared.stash.arrivals + i);
   }
   __syncthreads();
-  if (launch.waits == 0) return run_ticket(launch, launch.begin + blockIdx.x, shared);
+  if (launch.waits == 0) return run_ticket(shared);
+#pragma unroll 1
   for (;;) {
+    if (thread_number() == 0) shared.task.ticket = launch.begin + atomicAdd(launch.counters + f::kNextTicket, 1);
     __syncthreads();
-    if (thread_number() == 0) shared.ticket = launch.begin + atomicAdd(launch.counters + f::kNextTicket, 1);
-    __syncthreads();
-    const int64_t ticket = shared.ticket;
-    if (ticket >= launch.end) break;
-    run_ticket(launch, ticket, shared);
+    if (shared.task.ticket >= launch.end) break;
+    run_ticket(shared);
   }
-  apply_held(launch, INT64_MAX, shared);
+  if (thread_number() == 0) shared.task.wave = INT64_MAX;
+  apply_held(shared);
   // The last block to leave sets all counters back, for the next launch.
   const bool last = seen_by_all(shared, [&] {
     __threadfence();
@@ -195,11 +245,11 @@ extern __shared__ uint4 shared_words[];
 __device__ __forceinline__ char* shared_memory() { return reinterpret_cast<char*>(shared_words); }
 #endif
 
-// Blocks of a multiprocessor hide each other's waits.
+// Blocks of a multiprocessor hide each other's waits. Numbers of float64 take as many registers as there are.
 constexpr int kBlocksOfProcessor = 2;
 
 template <class M>
-__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor) run_tickets(const CudaLaunch launch) {
+__global__ void __launch_bounds__(kThreads, sizeof(M) == sizeof(float) ? kBlocksOfProcessor : 1) run_tickets(const CudaLaunch launch) {
   char* memory = shared_memory();
   step(launch, *reinterpret_cast<Shared<M>*>(memory), memory + shared_size<M>());
 }

@@ -14,7 +14,7 @@ class Walk {
  public:
   __device__ __forceinline__ Walk(int64_t begin, int64_t end, Range columns)
       : line_(begin), end_(end), columns_(columns) {
-    constexpr int N = T::kElements, kBlockThreads = 32 / N;
+    constexpr int N = T::kElements, kBlockThreads = kBlock / N;
     const int needed = int((columns.end - columns.begin + N - 1) / N);
     per_line_ = (needed + kBlockThreads - 1) / kBlockThreads * kBlockThreads;
     lines_on_ = kThreads / per_line_;
