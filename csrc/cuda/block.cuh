@@ -21,6 +21,17 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ int thread_number() { return int(threadIdx.x); }
 
+// Whether this is the thread that acts for the block. It is looked up each time, and takes no register in between.
+__device__ __forceinline__ bool is_first_thread() {
+#if defined(FA_EMULATED)
+  return thread_number() == 0;
+#else
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread == 0;
+#endif
+}
+
 __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ __forceinline__ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -85,7 +96,7 @@ __device__ __forceinline__ int32_t read_counter(const int32_t* counter) {
 
 // Wait until a counter is there; who counts it up holds a lower ticket, and is running.
 __device__ __forceinline__ void wait_for(const int32_t* counter, int64_t value, bool waits) {
-  if (waits && thread_number() == 0) {
+  if (waits && is_first_thread()) {
     while (read_counter(counter) < value) __nanosleep(64);
   }
   __syncthreads();
@@ -94,7 +105,7 @@ __device__ __forceinline__ void wait_for(const int32_t* counter, int64_t value, 
 // Tell the others that all of this block has stored what they wait for.
 __device__ __forceinline__ void count_up(int32_t* counter, bool waits) {
   __syncthreads();
-  if (waits && thread_number() == 0) {
+  if (waits && is_first_thread()) {
     __threadfence();
     atomicAdd(counter, 1);
   }

@@ -13,11 +13,11 @@ namespace fused_adafactor {
 
 constexpr uint32_t kPoisoned = 255;  // scale of a block that reads as NaN
 
-// Number of the block that an element is in.
-template <class M>
-__device__ __forceinline__ int64_t block_of_element(const Job<M>& job, int64_t k) {
-  const int64_t length = job.row[f::kBlockLine];
-  return k / length * ((length + kBlock - 1) / kBlock) + k % length / kBlock;
+// Number of the block that an element is in. `I` has room for the numbers of elements.
+template <class I, class M>
+__device__ __forceinline__ int64_t block_of_element(const Job<M>& job, I k) {
+  const I length = I(job.row[f::kBlockLine]), line = k / length;
+  return line * ((length + kBlock - 1) / kBlock) + (k - line * length) / kBlock;
 }
 
 __device__ __forceinline__ uint32_t scale_of(float value) { return bits_of(value) >> 23 & 255u; }
@@ -73,9 +73,11 @@ __device__ __forceinline__ M from_units(M units, uint32_t scale) {
   return units * M(1.0 / 64) * M(power_of_two(scale));
 }
 
-template <class M>
+template <class T, class M>
 __device__ __forceinline__ uint8_t* scale_at(const Job<M>& job, Place at) {
-  return reinterpret_cast<uint8_t*>(job.row[f::kExpAvgScale]) + block_of_element(job, at.k);
+  uint8_t* scales = reinterpret_cast<uint8_t*>(job.row[f::kExpAvgScale]);
+  if constexpr (T::kElements == 1) return scales + block_of_element<uint64_t>(job, uint64_t(at.k));
+  return scales + block_of_element<uint32_t>(job, uint32_t(at.k));
 }
 
 // The first moment of elements, in the math dtype.
@@ -91,7 +93,7 @@ __device__ __forceinline__ void read_blocks(const Job<M>& job, Place at, M (&x)[
       read_bytes(base, at.k, x);
     }
   }
-  const uint32_t scale = at.count > 0 ? uint32_t(*scale_at(job, at)) : 0u;
+  const uint32_t scale = at.count > 0 ? uint32_t(*scale_at<T>(job, at)) : 0u;
 #pragma unroll
   for (int i = 0; i < T::kElements; ++i) x[i] = from_units(x[i], scale);
 }
@@ -102,6 +104,13 @@ __device__ __forceinline__ void round_to_blocks(Shared<M>& shared, Place at, M (
   const uint32_t scale = scale_of_block<T>(shared, at, x);
 #pragma unroll
   for (int i = 0; i < T::kElements; ++i) x[i] = from_units(to_units(x[i], scale), scale);
+}
+
+// Whether a thread's first element is that of a block.
+template <class T, class M>
+__device__ __forceinline__ bool begins_block(const Job<M>& job, Place at) {
+  if constexpr (T::kElements == 1) return at.k % job.row[f::kBlockLine] % kBlock == 0;
+  return uint32_t(at.k) % uint32_t(job.row[f::kBlockLine]) % kBlock == 0;
 }
 
 // Stores what has been rounded: rounding it again changes nothing.
@@ -119,7 +128,7 @@ __device__ __forceinline__ void write_blocks(Shared<M>& shared, Place at, const 
   } else {
     write_bytes(base, at.k, units);
   }
-  if (at.k % job.row[f::kBlockLine] % kBlock == 0) *scale_at(job, at) = uint8_t(scale);
+  if (begins_block<T>(job, at)) *scale_at<T>(job, at) = uint8_t(scale);
 }
 
 }  // namespace fused_adafactor

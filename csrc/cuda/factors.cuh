@@ -55,7 +55,7 @@ __device__ __forceinline__ void finish_lines(Shared<M>& shared, int64_t matrix, 
   total = of_block<Sum>(total, shared.reduced);
   smallest = of_block<Smallest>(smallest, shared.reduced);
   largest = of_block<Largest>(largest, shared.reduced);
-  if (thread_number() != 0) return;
+  if (!is_first_thread()) return;
   double* record = record_of_part(job, matrix, part);
   record[f::kPartLineSum] = total;
   record[f::kPartLineMin] = smallest;
@@ -65,7 +65,8 @@ __device__ __forceinline__ void finish_lines(Shared<M>& shared, int64_t matrix, 
 // Add up the sums of the slabs of a matrix, of some columns, in an order that is always the same; new second moments
 // across the lines, and what is known of them.
 template <class M>
-__device__ __noinline__ void merge(Shared<M>& shared, int64_t item) {
+__device__ __noinline__ void merge(int item) {
+  Shared<M>& shared = shared_of<M>();
   constexpr int kSet = 128;  // columns at a time: a warp takes every so manieth slab
   const Job<M>& job = shared.job;
   const int64_t parts = job.row[f::kParts], matrix = item / parts, part = item % parts;
@@ -129,7 +130,7 @@ __device__ __noinline__ void merge(Shared<M>& shared, int64_t item) {
   cross_min = of_block<Smallest>(cross_min, shared.reduced);
   cross_max = of_block<Largest>(cross_max, shared.reduced);
   grad_sq = of_block<Sum>(grad_sq, shared.reduced);
-  if (thread == 0) {
+  if (is_first_thread()) {
     double* record = record_of_part(job, matrix, part);
     record[f::kPartShare] = shares;
     record[f::kPartCrossSum] = cross_sum;
@@ -236,7 +237,7 @@ __device__ __forceinline__ double finalize_matrices(Shared<M>& shared, bool& unk
 template <class M>
 __device__ __forceinline__ double total_grad_sq(Shared<M>& shared) {
   const double total = sum_of_units(shared, f::kUnitGradSq);
-  if (thread_number() == 0) shared.job.outcome[f::kGradSq] = total;
+  if (is_first_thread()) shared.job.outcome[f::kGradSq] = total;
   return total;
 }
 
@@ -251,7 +252,8 @@ __device__ __forceinline__ void set_clip(const Job<M>& job, double update_sq) {
 // Norms, clamps, what is known of Σ u², the step size, and whether the tensor is skipped. RMS(u) is unknown where it is
 // wanted and the third sweep has to find it out.
 template <class M>
-__device__ __noinline__ void finalize(Shared<M>& shared) {
+__device__ __noinline__ void finalize() {
+  Shared<M>& shared = shared_of<M>();
   const Job<M>& job = shared.job;
   const double grad_sq = total_grad_sq(shared);
   double update_sq = 0;
@@ -267,7 +269,7 @@ __device__ __noinline__ void finalize(Shared<M>& shared) {
   if (job.has(f::kParamRmsSwitch)) param_sq = sum_of_units(shared, f::kUnitParamSq);
   const bool measures = job.has(f::kMeasuresSwitch);
   if (!measures) unknown = false;
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     if (job.has(f::kSkipsSwitch) && !is_finite(M(grad_sq))) *job.skip = 1;
     double alpha = job.rule[f::kRho];
     const double eps2 = job.rule[f::kEps2], decay = job.rule[f::kDecay];
@@ -288,9 +290,10 @@ __device__ __noinline__ void finalize(Shared<M>& shared) {
 
 // RMS(u) once the third sweep is over.
 template <class M>
-__device__ __noinline__ void measure(Shared<M>& shared) {
+__device__ __noinline__ void measure() {
+  Shared<M>& shared = shared_of<M>();
   const double rest = sum_of_units(shared, f::kUnitUpdateSq);
-  if (thread_number() != 0) return;
+  if (!is_first_thread()) return;
   const double update_sq = shared.job.outcome[f::kUpdateSq] + rest;
   set_clip(shared.job, update_sq < 0 ? 0.0 : update_sq);  // so that NaN stays
 }

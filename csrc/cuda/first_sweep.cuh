@@ -15,7 +15,7 @@ __device__ __forceinline__ void store_sums(Shared<M>& shared, int64_t unit, doub
   grad_sq = of_block<Sum>(grad_sq, shared.reduced);
   param_sq = of_block<Sum>(param_sq, shared.reduced);
   update_sq = of_block<Sum>(update_sq, shared.reduced);
-  if (thread_number() != 0) return;
+  if (!is_first_thread()) return;
   double* sums = shared.job.template in_scratch<double>(f::kSums) + unit * f::kUnitSums;
   sums[f::kUnitGradSq] = grad_sq;
   sums[f::kUnitParamSq] = param_sq;
@@ -47,7 +47,8 @@ __device__ __forceinline__ double param_squares(const Job<M>& job, int64_t unit)
 
 // Σ_j g² of the lines of a slab, over the columns of one chunk.
 template <class T, class M>
-__device__ __noinline__ void sum_chunk(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void sum_chunk(int unit) {
+  Shared<M>& shared = shared_of<M>();
   const Job<M>& job = shared.job;
   const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, cols = job.row[f::kCols];
   const Lines lines = lines_of(job, unit / chunks);
@@ -155,7 +156,8 @@ __device__ __forceinline__ Place place_in_round(const Shared<M>& shared, int fir
 //
 // A group of threads has a line, each of them `kVectors` runs of neighbours, and `kTogether` lines at a time: a round.
 template <class T, int kVectors, int kTogether, class M>
-__device__ __noinline__ void sum_lines(Shared<M>& shared, int unit) {
+__device__ __noinline__ void sum_lines(int unit) {
+  Shared<M>& shared = shared_of<M>();
   constexpr int N = T::kElements;
   begin_rounds<T, kVectors, kTogether>(shared, unit);
   const Job<M>& job = shared.job;
@@ -250,7 +252,8 @@ __device__ __noinline__ void sum_lines(Shared<M>& shared, int unit) {
 
 // The same where neighbours are not read together: first along the lines, then, from a cache, across them.
 template <class M>
-__device__ __noinline__ void sum_lines_loosely(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void sum_lines_loosely(int unit) {
+  Shared<M>& shared = shared_of<M>();
   typedef Loose T;
   const Job<M>& job = shared.job;
   const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, cols = job.row[f::kCols];
@@ -315,7 +318,8 @@ __device__ __noinline__ void sum_lines_loosely(Shared<M>& shared, int64_t unit) 
 
 // Sums over the elements of a slab of an unfactored tensor.
 template <class T, class M>
-__device__ __noinline__ void sum_flat(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void sum_flat(int unit) {
+  Shared<M>& shared = shared_of<M>();
   const Job<M>& job = shared.job;
   const bool measures = T::has(job, f::kMeasuresSwitch) && !T::has(job, f::kNormClippedSwitch);
   const bool param_rms = T::has(job, f::kParamRmsSwitch);
@@ -345,7 +349,8 @@ __device__ __noinline__ void sum_flat(Shared<M>& shared, int64_t unit) {
 
 // The same of tiny matrices.
 template <class M>
-__device__ __noinline__ void sum_tiny(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void sum_tiny(int unit) {
+  Shared<M>& shared = shared_of<M>();
   typedef TinyMatrices T;
   const Job<M>& job = shared.job;
   const bool measures = job.has(f::kMeasuresSwitch) && !job.has(f::kNormClippedSwitch);
@@ -380,27 +385,27 @@ __device__ __noinline__ void sum_tiny(Shared<M>& shared, int64_t unit) {
 
 // The sums of a unit, whatever its form.
 template <class M>
-__device__ __forceinline__ void sum_unit(Shared<M>& shared, int64_t unit) {
+__device__ __forceinline__ void sum_unit(Shared<M>& shared, int unit) {
   const Job<M>& job = shared.job;
-  if (job.row[f::kForm] == f::kTiny) return sum_tiny(shared, unit);
+  if (job.row[f::kForm] == f::kTiny) return sum_tiny<M>(unit);
   if (job.row[f::kForm] == f::kUnfactored) {
-    return with_alignment(job, [&](auto traits) { sum_flat<decltype(traits)>(shared, unit); });
+    return with_alignment(job, [&](auto traits) { sum_flat<decltype(traits), M>(unit); });
   }
   with_traits<8>(job, [&](auto traits) {
     typedef decltype(traits) T;
     if constexpr (T::kElements == 1) {
-      sum_lines_loosely(shared, unit);
+      sum_lines_loosely<M>(unit);
     } else if (job.row[f::kChunk] <= kWidest / 2) {
-      sum_lines<T, 1, 2>(shared, int(unit));
+      sum_lines<T, 1, 2, M>(unit);
     } else {
-      sum_lines<T, 2, 1>(shared, int(unit));
+      sum_lines<T, 2, 1, M>(unit);
     }
   });
 }
 
 template <class M>
-__device__ __forceinline__ void sum_chunk_of(Shared<M>& shared, int64_t unit) {
-  with_traits<8>(shared.job, [&](auto traits) { sum_chunk<decltype(traits)>(shared, unit); });
+__device__ __forceinline__ void sum_chunk_of(Shared<M>& shared, int unit) {
+  with_traits<8>(shared.job, [&](auto traits) { sum_chunk<decltype(traits), M>(unit); });
 }
 
 }  // namespace fused_adafactor

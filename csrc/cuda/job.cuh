@@ -57,11 +57,13 @@ struct Job {
   }
 };
 
-// State may be told to be of float64 where the math is not, which is rare enough to go element by element.
+// Whether neighbours are taken together. Some that could be are rare enough to go element by element: state of float64
+// where the math is not, and more 8-bit numbers than 32 bits count.
 template <class M>
 __device__ __forceinline__ bool is_aligned(const Job<M>& job) {
+  const int64_t exp_avg = job.row[f::kExpAvgDtype];
   return sizeof(M) == sizeof(float) && job.has(f::kAlignedSwitch) && job.row[f::kMomentDtype] != kFloat64 &&
-         job.row[f::kExpAvgDtype] != kFloat64;
+         exp_avg != kFloat64 && (exp_avg != kBlocks || job.row[f::kNumel] <= UINT32_MAX);
 }
 
 // Neighbours that one thread takes at a time, and what is known of a tensor when its kernel is compiled.

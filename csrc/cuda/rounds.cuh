@@ -15,7 +15,7 @@ constexpr int kStashedSize = T::kStashedDtype == kFloat32 ? 4 : 2;
 template <class T, int kVectors, int kTogether, class M>
 __device__ __forceinline__ void begin_rounds(Shared<M>& shared, int unit) {
   constexpr int N = T::kElements;
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     const Job<M>& job = shared.job;
     Rounds& rounds = shared.rounds;
     const int64_t chunks = job.row[f::kChunks];
@@ -50,7 +50,7 @@ __device__ __forceinline__ char* round_at(const Shared<M>& shared, int round) {
   const int line_bytes = rounds.width * kStashedSize<T>, first_line = round * rounds.lines;
   const int place = first_line < rounds.held ? rounds.begin + first_line * line_bytes
                                              : rounds.ring + round % kAhead * (rounds.lines * line_bytes);
-  return shared.stash.memory + place;
+  return stash_memory<M>() + place;
 }
 
 template <class M>
@@ -68,7 +68,7 @@ __device__ __forceinline__ void ask_for_round(Shared<M>& shared, int round) {
   const char* from = static_cast<const char*>(shared.job.grad) + rounds.first * kSize + line * line_bytes;
   char* to = round_at<T>(shared, round);
   if constexpr (kBulkCopies) {
-    if (count <= 0 || thread_number() != 0) return;
+    if (count <= 0 || !is_first_thread()) return;
     uint64_t* barrier = shared.stash.arrivals + number_of_round(shared, round) % kAhead;
     const int bytes = rounds.width * kSize;
     expect_bytes(barrier, count * bytes);
@@ -121,7 +121,7 @@ __device__ __forceinline__ bool end_rounds(Shared<M>& shared, int unit, int coun
   const Rounds& rounds = shared.rounds;
   __syncthreads();
   if (!T::kStashes || !rounds.arrive) return false;
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     Stash& stash = shared.stash;
     stash.rounds += uint32_t(count);
     if (rounds.held > 0) {

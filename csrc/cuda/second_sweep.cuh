@@ -129,7 +129,8 @@ __device__ __forceinline__ void inverse_roots(const Job<M>& job, M factor, int64
 
 // Σ u² of those lines of a slab for which it is not known, less what was counted for them.
 template <class T, class M>
-__device__ __noinline__ void measure_lines(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void measure_lines(int unit) {
+  Shared<M>& shared = shared_of<M>();
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   const int64_t chunks = job.row[f::kChunks], rows = job.row[f::kRows], cols = job.row[f::kCols];
@@ -166,14 +167,15 @@ __device__ __noinline__ void measure_lines(Shared<M>& shared, int64_t unit) {
     }
   }
   total = of_block<Sum>(total, shared.reduced);
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     job.template in_scratch<double>(f::kSums)[unit * f::kUnitSums + f::kUnitUpdateSq] = total;
   }
 }
 
 // Σ u² of elements that have no lines, where the norm to clip by is known only now.
 template <class T, class M>
-__device__ __noinline__ void measure_flat(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void measure_flat(int unit) {
+  Shared<M>& shared = shared_of<M>();
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   double total = 0;
@@ -189,7 +191,7 @@ __device__ __noinline__ void measure_flat(Shared<M>& shared, int64_t unit) {
     total += double(sum_of_squares(u.value));
   }
   total = of_block<Sum>(total, shared.reduced);
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     job.template in_scratch<double>(f::kSums)[unit * f::kUnitSums + f::kUnitUpdateSq] = total;
   }
 }
@@ -207,7 +209,8 @@ __device__ __forceinline__ void read_tiny(Shared<M>& shared, const TinyWalk<M>& 
 }
 
 template <class M>
-__device__ __noinline__ void measure_tiny(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void measure_tiny(int unit) {
+  Shared<M>& shared = shared_of<M>();
   const Job<M>& job = shared.job;
   double total = 0;
   for (TinyWalk<M> walk(job, elements_of(job, unit)); walk.round(); walk.next()) {
@@ -223,7 +226,7 @@ __device__ __noinline__ void measure_tiny(Shared<M>& shared, int64_t unit) {
     }
   }
   total = of_block<Sum>(total, shared.reduced);
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     job.template in_scratch<double>(f::kSums)[unit * f::kUnitSums + f::kUnitUpdateSq] = total;
   }
 }
@@ -252,7 +255,8 @@ __device__ __forceinline__ void write_factors(const Job<M>& job, int64_t chunk, 
 // Write a slab of lines of matrices, and what else the tensor owns of them. The gradients of its first lines may be in
 // the stash.
 template <class T, class M>
-__device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void apply_lines(int unit) {
+  Shared<M>& shared = shared_of<M>();
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, rows = job.row[f::kRows];
@@ -265,12 +269,12 @@ __device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit) {
   for (Walk<T> walk(lines.begin, lines.end, columns); walk.round(); walk.next()) {
     const bool here = walk.here();
     const Place at = walk.place(cols);
-    M g[N], inverse_v[N];
+    M g[N] = {}, inverse_v[N];
     const int line = int(walk.line() - lines.begin);
     if (here && line < held) {
       if constexpr (T::kStashes) {
         const int64_t place = line * (columns.end - columns.begin) + walk.column() - columns.begin;
-        read_vector<false>(shared.stash.memory + shared.stash.held[0].begin, T::kStashedDtype, place, g);
+        read_vector<false>(stash_memory<M>() + shared.stash.held[0].begin, T::kStashedDtype, place, g);
       }
     } else {
       read_from<T, true>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
@@ -288,7 +292,8 @@ __device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit) {
 
 // Write elements that have no lines, and what else the tensor owns of them.
 template <class T, class M>
-__device__ __noinline__ void apply_flat(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void apply_flat(int unit) {
+  Shared<M>& shared = shared_of<M>();
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   for (FlatWalk<T> walk(elements_of(job, unit)); walk.round(); walk.next()) {
@@ -304,7 +309,8 @@ __device__ __noinline__ void apply_flat(Shared<M>& shared, int64_t unit) {
 }
 
 template <class M>
-__device__ __noinline__ void apply_tiny(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void apply_tiny(int unit) {
+  Shared<M>& shared = shared_of<M>();
   const Job<M>& job = shared.job;
   for (TinyWalk<M> walk(job, elements_of(job, unit)); walk.round(); walk.next()) {
     read_tiny(shared, walk);
@@ -321,34 +327,34 @@ __device__ __noinline__ void apply_tiny(Shared<M>& shared, int64_t unit) {
 
 // The third sweep of a unit, whatever its form.
 template <class M>
-__device__ __forceinline__ void measure_unit(Shared<M>& shared, int64_t unit) {
+__device__ __forceinline__ void measure_unit(Shared<M>& shared, int unit) {
   const Job<M>& job = shared.job;
   if (job.row[f::kForm] == f::kTiny) {
-    measure_tiny(shared, unit);
+    measure_tiny<M>(unit);
   } else if (job.row[f::kForm] == f::kUnfactored) {
-    with_alignment(job, [&](auto traits) { measure_flat<decltype(traits)>(shared, unit); });
+    with_alignment(job, [&](auto traits) { measure_flat<decltype(traits), M>(unit); });
   } else {
-    with_alignment(job, [&](auto traits) { measure_lines<decltype(traits)>(shared, unit); });
+    with_alignment(job, [&](auto traits) { measure_lines<decltype(traits), M>(unit); });
   }
 }
 
 // The second sweep of a unit, whatever its form.
 template <class M>
-__device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit) {
+__device__ __forceinline__ void apply_unit(Shared<M>& shared, int unit) {
   Job<M>& job = shared.job;
   // What finalizing has found out, which another block may have done.
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     job.alpha = M(job.outcome[f::kAlpha]);
     job.by_clip = M(job.outcome[f::kByClip]);
     job.decayed = M(job.outcome[f::kDecayed]);
   }
   __syncthreads();
   if (job.row[f::kForm] == f::kTiny) {
-    apply_tiny(shared, unit);
+    apply_tiny<M>(unit);
   } else if (job.row[f::kForm] == f::kUnfactored) {
-    with_alignment(job, [&](auto traits) { apply_flat<decltype(traits)>(shared, unit); });
+    with_alignment(job, [&](auto traits) { apply_flat<decltype(traits), M>(unit); });
   } else {
-    with_traits<4>(job, [&](auto traits) { apply_lines<decltype(traits)>(shared, unit); });
+    with_traits<4>(job, [&](auto traits) { apply_lines<decltype(traits), M>(unit); });
   }
 }
 
@@ -376,7 +382,8 @@ __device__ __forceinline__ void average_alone(const Job<M>& job, Place at) {
 
 // Between two updates: add a slab of g to the accumulator where `accumulates`, and move the EMA of the weights.
 template <class T, class M>
-__device__ __noinline__ void idle_slab(const Job<M>& job, int64_t unit, bool accumulates) {
+__device__ __noinline__ void idle_slab(int unit, bool accumulates) {
+  const Job<M>& job = shared_of<M>().job;
   for (FlatWalk<T> walk(elements_of_unit(job, unit)); walk.round(); walk.next()) {
     const Place at = walk.place();
     if (accumulates) {
@@ -393,8 +400,8 @@ __device__ __noinline__ void idle_slab(const Job<M>& job, int64_t unit, bool acc
 }
 
 template <class M>
-__device__ __forceinline__ void idle_unit(const Job<M>& job, int64_t unit, bool accumulates) {
-  with_alignment(job, [&](auto traits) { idle_slab<decltype(traits)>(job, unit, accumulates); });
+__device__ __forceinline__ void idle_unit(const Job<M>& job, int unit, bool accumulates) {
+  with_alignment(job, [&](auto traits) { idle_slab<decltype(traits), M>(unit, accumulates); });
 }
 
 }  // namespace fused_adafactor

@@ -78,10 +78,28 @@ struct Shared {
   };
 };
 
+#if defined(FA_EMULATED)
+inline char* shared_memory() { return emulation::shared_memory(); }
+#else
+extern __shared__ uint4 shared_words[];
+__device__ __forceinline__ char* shared_memory() { return reinterpret_cast<char*>(shared_words); }
+#endif
+
+// Asked for wherever it is needed, so that the compiler knows what memory it is.
+template <class M>
+__device__ __forceinline__ Shared<M>& shared_of() {
+  return *reinterpret_cast<Shared<M>*>(shared_memory());
+}
+
 // Bytes before the stash.
 template <class M>
 __host__ __device__ constexpr int32_t shared_size() {
   return (int32_t(sizeof(Shared<M>)) + kStashAlignment - 1) / kStashAlignment * kStashAlignment;
+}
+
+template <class M>
+__device__ __forceinline__ char* stash_memory() {
+  return shared_memory() + shared_size<M>();
 }
 
 }  // namespace fused_adafactor

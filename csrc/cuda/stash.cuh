@@ -24,7 +24,6 @@ struct Held {
 
 struct Stash {
   uint64_t arrivals[kAhead];  // mbarriers
-  char* memory;
   int32_t bytes;
   int32_t count;        // of units that are held
   uint32_t rounds;      // that have arrived since the launch

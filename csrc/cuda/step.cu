@@ -19,7 +19,7 @@ __device__ __forceinline__ void begin_job(Shared<M>& shared) {
   const double* numbers = launch.numbers + rule * f::kNumbers;
   for (int i = thread_number(); i < f::kTensorFields; i += kThreads) job.row[i] = row[i];
   for (int i = thread_number(); i < f::kNumbers; i += kThreads) job.numbers[i] = M(numbers[i]);
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     const int64_t* integers = launch.integers + rule * f::kIntegers;
     job.rule = numbers;
     job.seed = uint64_t(integers[f::kSeed]);
@@ -38,7 +38,7 @@ __device__ __forceinline__ void begin_job(Shared<M>& shared) {
 template <class M, class F>
 __device__ __forceinline__ bool seen_by_all(Shared<M>& shared, F look) {
   __syncthreads();
-  if (thread_number() == 0) shared.flag = look() ? 1 : 0;
+  if (is_first_thread()) shared.flag = look() ? 1 : 0;
   __syncthreads();
   return shared.flag != 0;
 }
@@ -87,7 +87,8 @@ __device__ __forceinline__ void wait_for_sums(const Shared<M>& shared) {
 
 // The item of the task.
 template <class M>
-__device__ __noinline__ void run_item(Shared<M>& shared) {
+__device__ __noinline__ void run_item() {
+  Shared<M>& shared = shared_of<M>();
   begin_job(shared);
   const Job<M>& job = shared.job;
   const Task& task = shared.task;
@@ -111,13 +112,13 @@ __device__ __noinline__ void run_item(Shared<M>& shared) {
       break;
     case f::kMergeKind:
       wait_for_sums(shared);
-      merge(shared, task.unit);
+      merge<M>(task.unit);
       count_up_counter(shared, f::kMergesDone);
       break;
     case f::kFinalizeKind:
       wait_for_sums(shared);
       wait_for_counter(shared, f::kMergesDone, job.row[f::kMerges]);
-      finalize(shared);
+      finalize<M>();
       count_up_counter(shared, f::kFinalized);
       if (!is_unknown(shared)) count_up_counter(shared, f::kMeasured);
       break;
@@ -130,7 +131,7 @@ __device__ __noinline__ void run_item(Shared<M>& shared) {
       wait_for_counter(shared, f::kFinalized, 1);
       wait_for_counter(shared, f::kRmsDone, job.row[f::kUnits]);
       if (!is_unknown(shared)) break;
-      measure(shared);
+      measure<M>();
       count_up_counter(shared, f::kMeasured);
       break;
     case f::kApplyKind:
@@ -165,14 +166,14 @@ __device__ __forceinline__ void apply_held(Shared<M>& shared) {
   __syncthreads();
 #pragma unroll 1
   while (stash.count > 0 && stash.held[0].wave <= shared.task.wave) {
-    if (thread_number() == 0) {
+    if (is_first_thread()) {
       shared.task.kind = f::kApplyKind;
       shared.task.tensor = stash.held[0].tensor;
       shared.task.unit = stash.held[0].unit;
       shared.task.from_stash = true;
     }
-    run_item(shared);
-    if (thread_number() == 0) {
+    run_item<M>();
+    if (is_first_thread()) {
       --stash.count;
       for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + 1];
     }
@@ -184,7 +185,7 @@ __device__ __forceinline__ void apply_held(Shared<M>& shared) {
 template <class M>
 __device__ __forceinline__ void run_ticket(Shared<M>& shared) {
   Task& task = shared.task;
-  if (thread_number() == 0) {
+  if (is_first_thread()) {
     const CudaLaunch& launch = shared.launch;
     task.item = launch.tickets[task.ticket];
     task.end = launch.tickets[task.ticket + 1];
@@ -194,25 +195,24 @@ __device__ __forceinline__ void run_ticket(Shared<M>& shared) {
   apply_held(shared);
 #pragma unroll 1
   while (task.item < task.end) {
-    if (thread_number() == 0) {
+    if (is_first_thread()) {
       const int32_t* what = shared.launch.items + 3 * int64_t(task.item);
       task.kind = what[0];
       task.tensor = what[1];
       task.unit = what[2];
       task.from_stash = false;
     }
-    run_item(shared);
-    if (thread_number() == 0) ++task.item;
+    run_item<M>();
+    if (is_first_thread()) ++task.item;
     __syncthreads();
   }
 }
 
 template <class M>
-__device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared, char* stash_memory) {
-  if (thread_number() == 0) {
+__device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared) {
+  if (is_first_thread()) {
     shared.launch = launch;
     shared.task.ticket = int64_t(launch.begin) + blockIdx.x;
-    shared.stash.memory = stash_memory;
     shared.stash.bytes = launch.stash_bytes;
     shared.stash.count = 0;
     shared.stash.rounds = 0;
@@ -222,12 +222,12 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
   if (launch.waits == 0) return run_ticket(shared);
 #pragma unroll 1
   for (;;) {
-    if (thread_number() == 0) shared.task.ticket = launch.begin + atomicAdd(launch.counters + f::kNextTicket, 1);
+    if (is_first_thread()) shared.task.ticket = launch.begin + atomicAdd(launch.counters + f::kNextTicket, 1);
     __syncthreads();
     if (shared.task.ticket >= launch.end) break;
     run_ticket(shared);
   }
-  if (thread_number() == 0) shared.task.wave = INT64_MAX;
+  if (is_first_thread()) shared.task.wave = INT64_MAX;
   apply_held(shared);
   // The last block to leave sets all counters back, for the next launch.
   const bool last = seen_by_all(shared, [&] {
@@ -238,20 +238,12 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
   for (int i = thread_number(); i < launch.counter_count; i += kThreads) launch.counters[i] = 0;
 }
 
-#if defined(FA_EMULATED)
-char* shared_memory() { return emulation::shared_memory(); }
-#else
-extern __shared__ uint4 shared_words[];
-__device__ __forceinline__ char* shared_memory() { return reinterpret_cast<char*>(shared_words); }
-#endif
-
 // Blocks of a multiprocessor hide each other's waits. Numbers of float64 take as many registers as there are.
 constexpr int kBlocksOfProcessor = 2;
 
 template <class M>
 __global__ void __launch_bounds__(kThreads, sizeof(M) == sizeof(float) ? kBlocksOfProcessor : 1) run_tickets(const CudaLaunch launch) {
-  char* memory = shared_memory();
-  step(launch, *reinterpret_cast<Shared<M>*>(memory), memory + shared_size<M>());
+  step(launch, shared_of<M>());
 }
 
 }  // namespace fused_adafactor

@@ -154,9 +154,7 @@ class CudaLauncher:
         """Ask the library for what the device has."""
         self.device, self.math_dtype = spec.device, spec.math_dtype
         widest = _ELEMENTS_OF_A_THREAD * library().fused_adafactor_cuda_threads()
-        tuning = replace(
-            TUNING, widest=min(TUNING.widest, widest), chunk=min(TUNING.chunk, widest)
-        )
+        tuning = replace(TUNING, widest=min(TUNING.widest, widest), chunk=min(TUNING.chunk, widest))
         self.tuning = tuning.for_math(spec.math_dtype)
         self.waits = launch_form == "persistent"
         found = [ctypes.c_int32() for _ in range(3)]

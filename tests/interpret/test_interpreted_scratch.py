@@ -14,9 +14,11 @@ from fused_adafactor.backends import triton as backend
 from fused_adafactor.launching import LAUNCH_ENVIRONMENT
 from fused_adafactor.tickets import LAUNCH_COUNTERS, scratch_of
 from tests.dialects import HF
-from tests.interpret.small import MIXED, SMALL, use
+from tests.interpret.small import MIXED, SMALL, of_triton, use
 from tests.kernels.biting import draw
 from tests.kernels.judged import BF16, F32, F64, params_in
+
+pytestmark = of_triton
 
 Areas = dict[int, tuple[int, int]]
 

@@ -16,7 +16,7 @@ from fused_adafactor import fields
 from fused_adafactor.backends import triton as backend
 from tests import stepping
 from tests.dialects import HF, KERAS, KERAS_EXTRAS, OPTAX, TORCH, VARIANTS, Dialect
-from tests.interpret.small import FEW, MIXED, SMALL, built, judged, judged_of, use
+from tests.interpret.small import BACKEND, FEW, MIXED, SMALL, built, judged, judged_of, use
 from tests.kernels.biting import EVERY_RULE, RULES, conditioning, draw
 from tests.kernels.judged import BF16, F16, F32, F64, eps_of, params_in
 from tests.stepping import LAYOUTS, assert_close_metrics, params_of
@@ -250,7 +250,7 @@ def test_poison_spreads_as_in_the_reference(rule: str, poison: float) -> None:
     """Parameter and state are poisoned exactly where those of the reference are."""
     dialect, options = RULES[rule]
     runs = []
-    for name in ("triton", "reference"):
+    for name in (BACKEND, "reference"):
         optimizer = dialect(params_in(FEW, F32), backend=name, **options)
         for step in (0, 2):
             for p, g in zip(params_of(optimizer), draw(FEW, step, F32), strict=True):
@@ -339,7 +339,7 @@ def test_a_row_or_a_block_next_to_nothing_does_not_stop_the_others(
     block[10:] *= scale
     for grad in (row.float(), block.float()):
         moves = []
-        for name in ("triton", "reference"):
+        for name in (BACKEND, "reference"):
             (param,) = params_in([(20, 40)], F32)
             before = param.detach().clone()
             param.grad = grad.clone()
@@ -397,7 +397,7 @@ def test_a_loss_scale_is_divided_out() -> None:
     for dialect, options in cases:
         runs = []
         for scale in (1.0, 1024.0):
-            optimizer: Any = dialect(params_in(FEW, F32), fused=True, backend="triton", **options)
+            optimizer: Any = dialect(params_in(FEW, F32), fused=True, backend=BACKEND, **options)
             for p, g in zip(params_of(optimizer), draw(FEW, 0, F32), strict=True):
                 p.grad = g * scale
             optimizer.grad_scale = torch.tensor(scale)
