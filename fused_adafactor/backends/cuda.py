@@ -53,7 +53,12 @@ def library() -> ctypes.CDLL:
         OSError: It cannot be loaded, or may be somebody else's.
         RuntimeError: It was built for another version of this package.
     """
-    native = building.load_library(_library_path(), "fused_adafactor_cuda_abi_version", ABI_VERSION)
+    return load(_library_path())
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a build of the library; see ``building.load_library``."""
+    native = building.load_library(path, "fused_adafactor_cuda_abi_version", ABI_VERSION)
     native.fused_adafactor_cuda_device.argtypes = [
         ctypes.c_int32,
         *(ctypes.POINTER(ctypes.c_int32),) * 3,  # processors, shared bytes, blocks of a processor
@@ -153,9 +158,7 @@ class CudaLauncher:
         """Ask the library for what the device has."""
         self.device, self.math_dtype = spec.device, spec.math_dtype
         widest = _ELEMENTS_OF_A_THREAD * library().fused_adafactor_cuda_threads()
-        tuning = replace(
-            TUNING, widest=min(TUNING.widest, widest), chunk=min(TUNING.chunk, widest)
-        )
+        tuning = replace(TUNING, widest=min(TUNING.widest, widest), chunk=min(TUNING.chunk, widest))
         self.tuning = tuning.for_math(spec.math_dtype)
         self.waits = launch_form == "persistent"
         found = [ctypes.c_int32() for _ in range(3)]
