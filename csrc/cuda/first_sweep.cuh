@@ -3,6 +3,7 @@
 #ifndef FUSED_ADAFACTOR_CUDA_FIRST_SWEEP_CUH
 #define FUSED_ADAFACTOR_CUDA_FIRST_SWEEP_CUH
 
+#include "arrivals.cuh"
 #include "tiny.cuh"
 #include "walk.cuh"
 
@@ -10,7 +11,7 @@ namespace fused_adafactor {
 
 template <class M>
 __device__ __forceinline__ void store_sums(Shared<M>& shared, int64_t unit, double grad_sq, double param_sq,
-                                           double update_sq) {
+                                           double update_sq, bool held = false) {
   grad_sq = of_block<Sum>(grad_sq, shared.reduced);
   param_sq = of_block<Sum>(param_sq, shared.reduced);
   update_sq = of_block<Sum>(update_sq, shared.reduced);
@@ -19,6 +20,7 @@ __device__ __forceinline__ void store_sums(Shared<M>& shared, int64_t unit, doub
   sums[f::kUnitGradSq] = grad_sq;
   sums[f::kUnitParamSq] = param_sq;
   sums[f::kUnitUpdateSq] = update_sq;
+  sums[f::kUnitHeld] = held ? 1.0 : 0.0;
 }
 
 template <class M, int kElements>
@@ -135,48 +137,52 @@ __device__ __forceinline__ M* partial_sums(const Job<M>& job, int64_t slab, int6
 
 // Sums over a slab of lines of matrices, along them and across; final second moments of lines.
 //
-// A group of threads has a line, each of them `kVectors` runs of neighbours, and `kTogether` lines at a time: these are
-// loaded before anything is done with them.
+// A group of threads has a line, each of them `kVectors` runs of neighbours, and `kTogether` lines at a time: a round.
 template <class T, int kVectors, int kTogether, class M>
-__device__ __noinline__ void sum_lines(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void sum_lines(Shared<M>& shared, int unit) {
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
-  const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, slab = unit / chunks;
-  const int64_t cols = job.row[f::kCols];
+  const int chunks = int(job.row[f::kChunks]), chunk = unit % chunks, slab = unit / chunks;
   const Lines lines = lines_of(job, slab);
   const Range columns = columns_of(job, chunk);
-  const bool weighs = T::has(job, f::kWeighsSwitch), clips_values = T::has(job, f::kValueClipSwitch);
-  const bool norm_clipped = T::has(job, f::kNormClippedSwitch);
+  const int width = int(columns.end - columns.begin), length = int(lines.end - lines.begin), block = int(lines.block);
+  const bool weighs = T::has(job, f::kWeighsSwitch);
   // Not fewer than hold a block of 8-bit numbers.
   const int group = power_of_2(most((job.row[f::kChunk] + N * kVectors - 1) / (N * kVectors), kBlock / N));
   const int together = kThreads / group, warps_of_group = group < kWarp ? 1 : group / kWarp;
   const int thread = thread_number(), lane = thread % group, own = thread / group;
-  const int sum_lanes = group < kWarp ? group : kWarp;
-  const void* old_lines = reinterpret_cast<const void*>(job.row[f::kLineVar]);
+  Arrivals<T, kVectors, kTogether, M> arrivals(shared, unit, lines, columns, group);
   double grad_sq = 0;
-  for (int64_t first_of_block = lines.begin; first_of_block < lines.end; first_of_block += lines.block) {
-    const int64_t last = least(first_of_block + lines.block, lines.end);
+  for (int first_of_block = 0; first_of_block < length; first_of_block += block) {
+    const int last = first_of_block + block < length ? first_of_block + block : length;
     M square[kVectors][N] = {}, weighted[kVectors][N] = {};
-    for (int64_t first = first_of_block; first < last; first += together * kTogether) {
+#pragma unroll 1
+    for (int first = first_of_block; first < last; first += together * kTogether) {
       // A thread for each line finishes it: what it needs for that is on its way with the gradient.
-      const int64_t finished = first + thread;
-      const bool finishes = thread < together * kTogether && finished < last;
+      const bool finishes = thread < together * kTogether && first + thread < last;
       M old = M(0);
       uint32_t random = 0;
-      if (finishes && !norm_clipped) {
-        old = read_one<M>(old_lines, int(job.row[f::kMomentDtype]), finished);
-        random = random_of_factor(job, finished, false);
+      if (finishes && !T::has(job, f::kNormClippedSwitch)) {
+        const int64_t line = lines.begin + first + thread;
+        old = read_one<M>(reinterpret_cast<const void*>(job.row[f::kLineVar]), int(job.row[f::kMomentDtype]), line);
+        random = random_of_factor(job, line, false);
       }
       M g[kTogether][kVectors][N];
-      Place at[kTogether][kVectors];
+      arrivals.wait_for_round();
 #pragma unroll
       for (int b = 0; b < kTogether; ++b) {
-        const int64_t line = first + b * together + own;
+        const int line = first + b * together + own;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const int64_t column = columns.begin + (int64_t(v) * group + lane) * N;
-          at[b][v] = place_of<T>(line * cols + column, line < last && column < columns.end);
-          read_unclipped<T>(job, at[b][v], g[b][v]);
+          const int column = (v * group + lane) * N;
+          const bool here = line < last && column < width;
+          const Place at = place_of<T>((lines.begin + line) * job.row[f::kCols] + columns.begin + column, here);
+          if (arrivals.there()) {
+            arrivals.read(line - first, column, here, g[b][v]);
+          } else {
+            read_from<T>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g[b][v]);
+          }
+          unscale<T>(job, at, g[b][v]);
         }
       }
 #pragma unroll
@@ -184,45 +190,51 @@ __device__ __noinline__ void sum_lines(Shared<M>& shared, int64_t unit) {
         M sum = M(0);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          if (clips_values) grad_sq += double(sum_of_squares(g[b][v]));  // an Inf must not hide behind the clip
+          // An Inf must not hide behind the clip.
+          if (T::has(job, f::kValueClipSwitch)) grad_sq += double(sum_of_squares(g[b][v]));
           clip<T>(job, M(1), g[b][v]);
           sum += sum_of_squares(g[b][v]);
         }
-        sum = of_lanes<Sum>(sum, sum_lanes);
+        sum = of_lanes<Sum>(sum, group < kWarp ? group : kWarp);
         if (lane % kWarp == 0) shared.lines.sums[(b * together + own) * warps_of_group + lane / kWarp] = sum;
       }
       __syncthreads();
+      arrivals.ask_for_next();
       if (finishes) {
         M total = M(0);
         for (int warp = 0; warp < warps_of_group; ++warp) total += shared.lines.sums[thread * warps_of_group + warp];
-        if (!clips_values) grad_sq += double(total);
-        shared.lines.weights[thread] = finish_line(job, finished, old, total, random, chunk == 0);
+        if (!T::has(job, f::kValueClipSwitch)) grad_sq += double(total);
+        shared.lines.weights[thread] =
+            finish_line(job, lines.begin + first + thread, old, total, random, chunk == 0);
       }
       __syncthreads();
 #pragma unroll
       for (int b = 0; b < kTogether; ++b) {
+        const int line = first + b * together + own;
         const M weight = shared.lines.weights[b * together + own];
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
           for (int i = 0; i < N; ++i) square[v][i] = fused(g[b][v][i], g[b][v][i], square[v][i]);
           if (!weighs) continue;
+          const int column = (v * group + lane) * N;
+          const bool here = line < last && column < width;
+          const Place at = place_of<T>((lines.begin + line) * job.row[f::kCols] + columns.begin + column, here);
           M num[N], exp_avg[N];
-          numerator<T>(shared, at[b][v], g[b][v], num, exp_avg);
+          numerator<T>(shared, at, g[b][v], num, exp_avg);
+          const M share = here ? weight : M(0);
 #pragma unroll
-          for (int i = 0; i < N; ++i) {
-            const M share = at[b][v].count > 0 ? weight : M(0);
-            weighted[v][i] = fused(num[i] * num[i], share, weighted[v][i]);
-          }
+          for (int i = 0; i < N; ++i) weighted[v][i] = fused(num[i] * num[i], share, weighted[v][i]);
         }
       }
     }
-    M* partial = partial_sums(job, slab, first_of_block, columns);
-    store_columns<T, kVectors>(shared, square, group, columns.end - columns.begin, partial);
-    if (weighs) store_columns<T, kVectors>(shared, weighted, group, columns.end - columns.begin, partial + cols);
+    M* partial = partial_sums(job, slab, lines.begin + first_of_block, columns);
+    store_columns<T, kVectors>(shared, square, group, width, partial);
+    if (weighs) store_columns<T, kVectors>(shared, weighted, group, width, partial + job.row[f::kCols]);
   }
+  const bool held = arrivals.end();
   const double param_sq = T::has(job, f::kParamRmsSwitch) ? param_squares<T>(job, lines, columns) : 0.0;
-  store_sums(shared, unit, grad_sq, param_sq, 0.0);
+  store_sums(shared, unit, grad_sq, param_sq, 0.0, held);
 }
 
 // The same where neighbours are not read together: first along the lines, then, from a cache, across them.
@@ -364,21 +376,21 @@ __device__ __forceinline__ void sum_unit(Shared<M>& shared, int64_t unit) {
   if (job.row[f::kForm] == f::kUnfactored) {
     return with_alignment(job, [&](auto traits) { sum_flat<decltype(traits)>(shared, unit); });
   }
-  with_traits(job, [&](auto traits) {
+  with_traits<8>(job, [&](auto traits) {
     typedef decltype(traits) T;
     if constexpr (T::kElements == 1) {
       sum_lines_loosely(shared, unit);
-    } else if (job.row[f::kChunk] <= T::kElements * kThreads) {
-      sum_lines<T, 1, T::kElements / 2>(shared, unit);
+    } else if (job.row[f::kChunk] <= kWidest / 2) {
+      sum_lines<T, 1, 2>(shared, int(unit));
     } else {
-      sum_lines<T, kWidest / (T::kElements * kThreads), T::kElements / 4>(shared, unit);
+      sum_lines<T, 2, 1>(shared, int(unit));
     }
   });
 }
 
 template <class M>
 __device__ __forceinline__ void sum_chunk_of(Shared<M>& shared, int64_t unit) {
-  with_traits(shared.job, [&](auto traits) { sum_chunk<decltype(traits)>(shared, unit); });
+  with_traits<8>(shared.job, [&](auto traits) { sum_chunk<decltype(traits)>(shared, unit); });
 }
 
 }  // namespace fused_adafactor

@@ -67,6 +67,8 @@ __device__ __forceinline__ bool is_aligned(const Job<M>& job) {
 struct Loose {
   static constexpr int kElements = 1;
   static constexpr bool kTinyMatrices = false;
+  static constexpr bool kStashes = false;  // gradients may come from, and stay in, shared memory
+  static constexpr int kStashedDtype = kFloat32;
 
   template <class M>
   static __device__ __forceinline__ bool has(const Job<M>& job, int bit) {
@@ -91,10 +93,12 @@ struct TinyMatrices : Loose {
   static constexpr bool kTinyMatrices = true;
 };
 
-// Lines and arrays begin at multiples of 16 bytes, and elements lie one after the other. Of four of them, all that any
-// rule may keep fits the registers of a thread.
+// Lines and arrays begin at multiples of 16 bytes, and elements lie one after the other. All that any rule may keep of
+// four of them fits the registers of a thread. Where sums are taken along lines and across them, it is eight: the same
+// as below, and so the same bits.
+template <int kNeighbours>
 struct Aligned : Loose {
-  static constexpr int kElements = 4;
+  static constexpr int kElements = kNeighbours;
 
   template <class M>
   static __device__ __forceinline__ bool has(const Job<M>& job, int bit) {
@@ -104,9 +108,9 @@ struct Aligned : Loose {
 
 // The same, and nothing beside parameter and gradient is read or written element by element.
 template <int kParamDtype, int kGradDtype>
-struct Plain : Aligned {
-  static constexpr int kElements = 8;
-
+struct Plain : Aligned<8> {
+  static constexpr bool kStashes = true;
+  static constexpr int kStashedDtype = kGradDtype;
   // What is left to be looked up.
   static constexpr int64_t kSwitches = 1 << f::kMeasuresSwitch | 1 << f::kParamRmsSwitch | 1 << f::kNormClippedSwitch |
                                        1 << f::kStochasticSwitch | 1 << f::kWeighsSwitch;
@@ -138,7 +142,7 @@ struct Plain : Aligned {
 };
 
 // Calls run(traits) with what a kernel for this tensor is compiled for.
-template <class M, class F>
+template <int kNeighbours, class M, class F>
 __device__ __forceinline__ void with_traits(const Job<M>& job, F run) {
   if constexpr (sizeof(M) == sizeof(double)) {
     run(Loose());  // parameters of float64 are rare
@@ -147,7 +151,7 @@ __device__ __forceinline__ void with_traits(const Job<M>& job, F run) {
   } else if (Plain<kFloat32, kFloat32>::takes(job)) {
     run(Plain<kFloat32, kFloat32>());
   } else if (is_aligned(job)) {
-    run(Aligned());
+    run(Aligned<kNeighbours>());
   } else {
     run(Loose());
   }
@@ -157,7 +161,7 @@ __device__ __forceinline__ void with_traits(const Job<M>& job, F run) {
 template <class M, class F>
 __device__ __forceinline__ void with_alignment(const Job<M>& job, F run) {
   if constexpr (sizeof(M) == sizeof(float)) {
-    if (is_aligned(job)) return run(Aligned());
+    if (is_aligned(job)) return run(Aligned<4>());
   }
   run(Loose());
 }

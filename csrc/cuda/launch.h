@@ -7,11 +7,8 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kLarger = sizeof(Shared<float>) > sizeof(Shared<double>) ? sizeof(Shared<float>) : sizeof(Shared<double>);
-
-inline size_t shared_bytes_of(const CudaLaunch& launch) {
-  const size_t own = launch.math_dtype == kFloat64 ? sizeof(Shared<double>) : sizeof(Shared<float>);
-  return (own + 127) / 128 * 128 + size_t(launch.stash_bytes);
+inline int32_t shared_bytes_of(const CudaLaunch& launch) {
+  return (launch.math_dtype == kFloat64 ? shared_size<double>() : shared_size<float>()) + launch.stash_bytes;
 }
 
 }  // namespace fused_adafactor
@@ -29,8 +26,8 @@ extern "C" int32_t fused_adafactor_cuda_device(int32_t, int32_t* processors, int
                                                int32_t* blocks_per_processor) {
   const char* wanted = getenv("FUSED_ADAFACTOR_EMULATED_PROCESSORS");
   *processors = wanted != nullptr ? atoi(wanted) : 2;
-  *shared_bytes = 64 * 1024;
-  *blocks_per_processor = 1;
+  *shared_bytes = 32 * 1024;
+  *blocks_per_processor = 2;
   return 0;
 }
 
@@ -41,7 +38,7 @@ extern "C" int32_t fused_adafactor_cuda_launch(const fused_adafactor::CudaLaunch
     launch.math_dtype == kFloat64 ? run_tickets<double>(launch) : run_tickets<float>(launch);
   };
   if (launch->programs <= 0) return 0;
-  return emulation::launch(kernel, launch, unsigned(launch->programs), kThreads, shared_bytes_of(*launch),
+  return emulation::launch(kernel, launch, unsigned(launch->programs), kThreads, size_t(shared_bytes_of(*launch)),
                            launch->waits != 0);
 }
 
@@ -76,11 +73,11 @@ class CurrentDevice {
 
 template <class M>
 cudaError_t put_on_stream(const CudaLaunch& launch, cudaStream_t stream) {
-  const size_t shared_bytes = shared_bytes_of(launch);
-  cudaError_t error =
-      cudaFuncSetAttribute(run_tickets<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  const int32_t shared_bytes = shared_bytes_of(launch);
+  const cudaError_t error =
+      cudaFuncSetAttribute(run_tickets<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  run_tickets<M><<<unsigned(launch.programs), kThreads, shared_bytes, stream>>>(launch);
+  run_tickets<M><<<unsigned(launch.programs), kThreads, size_t(shared_bytes), stream>>>(launch);
   return cudaGetLastError();
 }
 
@@ -91,16 +88,19 @@ extern "C" int32_t fused_adafactor_cuda_device(int32_t device, int32_t* processo
   using namespace fused_adafactor;
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return current.error();
-  int most = 0;
+  int32_t of_processor = 0, of_block = 0, reserved = 0;
   cudaError_t error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *shared_bytes = most - int32_t((kLarger + 127) / 128 * 128);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(run_tickets<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, kLarger);
+    error = cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks_per_processor, run_tickets<float>, kThreads, kLarger);
-  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  if (error != cudaSuccess) return error;
+  // Shared memory of a processor is handed out in units of 1 KiB.
+  const int32_t share = of_processor / kBlocksOfProcessor / 1024 * 1024 - reserved;
+  const int32_t own = shared_size<float>() > shared_size<double>() ? shared_size<float>() : shared_size<double>();
+  *shared_bytes = ((share < of_block ? share : of_block) - own) / kStashAlignment * kStashAlignment;
+  *blocks_per_processor = kBlocksOfProcessor;
   return error;
 }
 

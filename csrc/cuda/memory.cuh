@@ -202,10 +202,9 @@ __device__ __forceinline__ void write(const Job<M>& job, int field, int strides,
   }
 }
 
-// The gradient: divided by the loss scale, then averaged over accumulated steps.
-template <class T, bool kLast = false, class M>
-__device__ __forceinline__ void read_unclipped(const Job<M>& job, Place at, M (&g)[T::kElements]) {
-  read_from<T, kLast>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
+// What is made of the gradient as it lies: it is divided by the loss scale, then averaged over accumulated steps.
+template <class T, class M>
+__device__ __forceinline__ void unscale(const Job<M>& job, Place at, M (&g)[T::kElements]) {
   const M scale = job.numbers[f::kGradScale];
 #pragma unroll
   for (int i = 0; i < T::kElements; ++i) g[i] *= scale;
@@ -216,6 +215,12 @@ __device__ __forceinline__ void read_unclipped(const Job<M>& job, Place at, M (&
 #pragma unroll
     for (int i = 0; i < T::kElements; ++i) g[i] = (g[i] + before[i]) / steps;
   }
+}
+
+template <class T, bool kLast = false, class M>
+__device__ __forceinline__ void read_unclipped(const Job<M>& job, Place at, M (&g)[T::kElements]) {
+  read_from<T, kLast>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
+  unscale<T>(job, at, g);
 }
 
 // Clip it, by value and by a norm; in Keras' order.

@@ -249,9 +249,10 @@ __device__ __forceinline__ void write_factors(const Job<M>& job, int64_t chunk, 
   }
 }
 
-// Write a slab of lines of matrices, and what else the tensor owns of them.
+// Write a slab of lines of matrices, and what else the tensor owns of them. The gradients of its first lines may be in
+// the stash.
 template <class T, class M>
-__device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit) {
+__device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit, const Held* held) {
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, rows = job.row[f::kRows];
@@ -264,9 +265,19 @@ __device__ __noinline__ void apply_lines(Shared<M>& shared, int64_t unit) {
     const bool here = walk.here();
     const Place at = walk.place(cols);
     M g[N], inverse_v[N];
-    read_grad<T, true>(job, job.factor, at, g);
+    const int line = int(walk.line() - lines.begin);
+    if (T::kStashes && held != nullptr && here && line < held->lines) {
+      if constexpr (T::kStashes) {
+        const int64_t place = line * (columns.end - columns.begin) + walk.column() - columns.begin;
+        read_vector<false>(shared.stash.memory + held->begin, T::kStashedDtype, place, g);
+      }
+    } else {
+      read_from<T, true>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
+    }
+    unscale<T>(job, at, g);
+    clip<T>(job, job.factor, g);
     int64_t matrix = first_matrix;
-    if (several) matrix += uint32_t(walk.line() - lines.begin) / uint32_t(rows);
+    if (several) matrix += uint32_t(line) / uint32_t(rows);
     const M factor = here ? line_factor(job, walk.line(), matrix) : M(0);
     inverse_roots<T>(job, factor, matrix, walk.column(), here, inverse_v);
     apply<T>(shared, at, g, inverse_v);
@@ -322,7 +333,7 @@ __device__ __forceinline__ void measure_unit(Shared<M>& shared, int64_t unit) {
 
 // The second sweep of a unit, whatever its form.
 template <class M>
-__device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit) {
+__device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit, const Held* held) {
   Job<M>& job = shared.job;
   // What finalizing has found out, which another block may have done.
   if (thread_number() == 0) {
@@ -336,7 +347,7 @@ __device__ __forceinline__ void apply_unit(Shared<M>& shared, int64_t unit) {
   } else if (job.row[f::kForm] == f::kUnfactored) {
     with_alignment(job, [&](auto traits) { apply_flat<decltype(traits)>(shared, unit); });
   } else {
-    with_traits(job, [&](auto traits) { apply_lines<decltype(traits)>(shared, unit); });
+    with_traits<4>(job, [&](auto traits) { apply_lines<decltype(traits)>(shared, unit, held); });
   }
 }
 

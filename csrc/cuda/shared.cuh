@@ -3,7 +3,7 @@
 #ifndef FUSED_ADAFACTOR_CUDA_SHARED_CUH
 #define FUSED_ADAFACTOR_CUDA_SHARED_CUH
 
-#include "job.cuh"
+#include "stash.cuh"
 
 namespace fused_adafactor {
 
@@ -12,11 +12,11 @@ template <class M>
 struct Sizes;
 template <>
 struct Sizes<float> {
-  static constexpr int kTile = 8 * kThreads;  // elements of tiny matrices that a block takes at a time
+  static constexpr int kTile = 4 * kThreads;  // elements of tiny matrices that a block takes at a time
 };
 template <>
 struct Sizes<double> {
-  static constexpr int kTile = 4 * kThreads;
+  static constexpr int kTile = 2 * kThreads;
 };
 static_assert(Sizes<double>::kTile >= 64, "a tiny matrix has up to 64 elements");
 
@@ -43,6 +43,7 @@ struct LineSums {
 template <class M>
 struct Shared {
   Job<M> job;
+  Stash stash;
   double reduced[kWarps];
   int64_t ticket;
   int32_t flag;
@@ -53,6 +54,12 @@ struct Shared {
     M merged[kWarps][128];  // sums of slabs, of some columns
   };
 };
+
+// Bytes before the stash.
+template <class M>
+__host__ __device__ constexpr int32_t shared_size() {
+  return (int32_t(sizeof(Shared<M>)) + kStashAlignment - 1) / kStashAlignment * kStashAlignment;
+}
 
 }  // namespace fused_adafactor
 

@@ -42,7 +42,7 @@ __device__ __forceinline__ bool seen_by_all(Shared<M>& shared, F look) {
 
 template <class M>
 __device__ __forceinline__ void run_item(const CudaLaunch& launch, int kind, int tensor, int64_t unit,
-                                         Shared<M>& shared) {
+                                         Shared<M>& shared, const Held* held) {
   begin_job(launch, tensor, shared);
   const Job<M>& job = shared.job;
   int32_t* progress = launch.counters + job.row[f::kProgress];
@@ -55,6 +55,10 @@ __device__ __forceinline__ void run_item(const CudaLaunch& launch, int kind, int
     if (sweeps) wait_for(progress + f::kStatsDone, units, waits);
   };
   const auto skipped = [&] { return seen_by_all(shared, [&] { return *job.skip != 0; }); };
+  const auto held_by_a_block = [&] {
+    const double* sums = job.template in_scratch<double>(f::kSums) + unit * f::kUnitSums;
+    return launch.stash_bytes > 0 && seen_by_all(shared, [&] { return sums[f::kUnitHeld] > 0; });
+  };
   const auto unknown = [&] { return seen_by_all(shared, [&] { return job.outcome[f::kUnknown] > 0; }); };
   switch (kind) {
     case f::kChunkKind:
@@ -100,7 +104,8 @@ __device__ __forceinline__ void run_item(const CudaLaunch& launch, int kind, int
       break;
     case f::kApplyKind:
       wait_for(progress + f::kMeasured, 1, waits);
-      if (!skipped()) apply_unit(shared, unit);
+      if (held == nullptr && held_by_a_block()) break;
+      if (!skipped()) apply_unit(shared, unit, held);
       count_up(launch.counters + job.row[f::kWave], waits);
       break;
     case f::kAccumulateKind:
@@ -110,17 +115,60 @@ __device__ __forceinline__ void run_item(const CudaLaunch& launch, int kind, int
   }
 }
 
+// The last wave whose second sweep begins before a ticket that begins with this item, as `tickets_of` orders them; the
+// first sweep of a wave comes before the second one of the wave before it.
+__device__ __forceinline__ int64_t waves_due(const CudaLaunch& launch, const int32_t* item) {
+  const int64_t wave = launch.table[item[1] * int64_t(f::kTensorFields) + f::kWave];
+  if (item[0] == f::kApplyKind) return wave;
+  return item[0] == f::kChunkKind || item[0] == f::kStatsKind ? wave - 2 : wave - 1;
+}
+
+// Apply the units that this block keeps, of waves up to this one.
+//
+// Nobody else will, so it is done before the block may wait for what comes after that. Then it is as if the block held
+// their tickets: what they wait for has lower ones, and what waits for them has higher ones.
+template <class M>
+__device__ __forceinline__ void apply_held(const CudaLaunch& launch, int64_t wave, Shared<M>& shared) {
+  Stash& stash = shared.stash;
+  int done = 0;
+  for (; done < stash.count && stash.held[done].wave <= wave; ++done) {
+    const Held* held = stash.held + done;
+    run_item(launch, f::kApplyKind, held->tensor, held->unit, shared, held);
+  }
+  if (done == 0) return;
+  __syncthreads();
+  if (thread_number() == 0) {
+    stash.count -= done;
+    for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + done];
+  }
+  __syncthreads();
+}
+
 // The items of a ticket, one after the other.
 template <class M>
 __device__ __forceinline__ void run_ticket(const CudaLaunch& launch, int64_t ticket, Shared<M>& shared) {
-  for (int item = launch.tickets[ticket]; item < launch.tickets[ticket + 1]; ++item) {
+  const int begin = launch.tickets[ticket], end = launch.tickets[ticket + 1];
+  for (int item = begin; item < end; ++item) {
     const int32_t* what = launch.items + 3 * int64_t(item);
-    run_item(launch, what[0], what[1], what[2], shared);
+    if (item == begin && shared.stash.count > 0) apply_held(launch, waves_due(launch, what), shared);
+    if (thread_number() == 0) {
+      shared.stash.tensor = what[1];
+      shared.stash.keeps = launch.waits != 0 && end - begin == 1;  // else it is applied by this ticket
+    }
+    run_item(launch, what[0], what[1], what[2], shared, nullptr);
   }
 }
 
 template <class M>
-__device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared) {
+__device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared, char* stash_memory) {
+  if (thread_number() == 0) {
+    shared.stash.memory = stash_memory;
+    shared.stash.bytes = launch.stash_bytes;
+    shared.stash.count = 0;
+    shared.stash.rounds = 0;
+    for (int i = 0; i < kAhead; ++i) make_barrier(shared.stash.arrivals + i);
+  }
+  __syncthreads();
   if (launch.waits == 0) return run_ticket(launch, launch.begin + blockIdx.x, shared);
   for (;;) {
     __syncthreads();
@@ -130,6 +178,7 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
     if (ticket >= launch.end) break;
     run_ticket(launch, ticket, shared);
   }
+  apply_held(launch, INT64_MAX, shared);
   // The last block to leave sets all counters back, for the next launch.
   const bool last = seen_by_all(shared, [&] {
     __threadfence();
@@ -146,10 +195,13 @@ extern __shared__ uint4 shared_words[];
 __device__ __forceinline__ char* shared_memory() { return reinterpret_cast<char*>(shared_words); }
 #endif
 
-// Two blocks of a multiprocessor hide each other's waits; with 128 registers for a thread they fit.
+// Blocks of a multiprocessor hide each other's waits.
+constexpr int kBlocksOfProcessor = 2;
+
 template <class M>
-__global__ void __launch_bounds__(kThreads, 2) run_tickets(const CudaLaunch launch) {
-  step(launch, *reinterpret_cast<Shared<M>*>(shared_memory()));
+__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor) run_tickets(const CudaLaunch launch) {
+  char* memory = shared_memory();
+  step(launch, *reinterpret_cast<Shared<M>*>(memory), memory + shared_size<M>());
 }
 
 }  // namespace fused_adafactor

@@ -21,6 +21,7 @@ from fused_adafactor.binding import Binding
 from fused_adafactor.fields import DTYPES
 from fused_adafactor.launching import LAUNCH_ENVIRONMENT, Arguments, Launch, launch_form
 from fused_adafactor.plan import Phase
+from fused_adafactor.slabs import ItemKind
 from fused_adafactor.spec import TensorSpec
 from fused_adafactor.tickets import GPU_CUT, Tuning
 from fused_adafactor.traits import Traits
@@ -193,10 +194,13 @@ class CudaKernel:
         """Fill in what is the same in every step."""
         self._device = launcher.device
         self._number = launcher.device.index or 0
+        both_sweeps = {ItemKind.STATS, ItemKind.APPLY} <= set(launch.kinds)
         self._record = _Launch(
             programs=launch.programs,
             waits=launch.waits,
             joined=launch.joined,
+            # Blocks keep gradients only for what they apply in the same launch.
+            stash_bytes=launcher.stash_bytes if launch.waits and both_sweeps else 0,
             math_dtype=DTYPES[launcher.math_dtype],
         )
 

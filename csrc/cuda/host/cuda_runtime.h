@@ -43,6 +43,11 @@ char* shared_memory();
 void wait_for_block();
 void wait_for_warp();
 void let_others_run();
+
+// Copies of a block that arrive when somebody waits for them, at a barrier that counts how often they have.
+void copy_later(void* to, const void* from, size_t bytes, uint64_t* barrier);
+void wait_for_copies(uint64_t* barrier, unsigned parity);
+
 uint64_t exchange(uint64_t value, unsigned lane);
 
 template <class T>

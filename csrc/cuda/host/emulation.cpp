@@ -84,14 +84,22 @@ namespace {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;  // only what is touched takes memory
-constexpr long kMostPolls = 100'000'000;    // nobody waits for so long unless for ever
+constexpr long kMostPolls = 3'000'000;  // nobody waits for so long unless for ever
 
 struct Warp {
   unsigned arrived = 0, generation = 0;
   uint64_t values[2][kWarp];  // of this exchange, and of the one before, which some may still read
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  uint64_t* barrier;
+};
+
 struct Block {
+  std::vector<Copy> copies;  // that have not arrived
   unsigned number, arrived = 0, generation = 0;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> memory;
@@ -246,6 +254,24 @@ void let_others_run() {
     abort();
   }
   to_scheduler(false);
+}
+
+void copy_later(void* to, const void* from, size_t bytes, uint64_t* barrier) {
+  running->block->copies.push_back({to, from, bytes, barrier});
+}
+
+void wait_for_copies(uint64_t* barrier, unsigned parity) {
+  while (*barrier % 2 == parity) {
+    std::vector<Copy> asked, others;
+    for (const Copy& copy : running->block->copies) (copy.barrier == barrier ? asked : others).push_back(copy);
+    if (asked.empty()) {
+      let_others_run();
+      continue;
+    }
+    for (const Copy& copy : asked) memcpy(copy.to, copy.from, copy.bytes);
+    running->block->copies = others;
+    ++*barrier;
+  }
 }
 
 uint64_t exchange(uint64_t value, unsigned lane) {

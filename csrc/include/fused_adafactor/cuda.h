@@ -47,8 +47,8 @@ FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_abi_version();
 FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_is_host();
 // Threads of a block.
 FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_threads();
-// What a device has: multiprocessors, and for each how many bytes of shared memory a stash may take of it with one
-// block, and how many blocks it holds without one. Returns a cudaError_t, 0 for success.
+// What a device has: multiprocessors, the blocks that one of them holds, and the bytes of shared memory that the stash
+// of each of these may take. Returns a cudaError_t, 0 for success.
 FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_device(int32_t device, int32_t* processors, int32_t* shared_bytes,
                                                            int32_t* blocks_per_processor);
 // Put a launch on a stream of a device; the current device is the same before and after. Returns a cudaError_t.

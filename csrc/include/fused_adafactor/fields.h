@@ -158,7 +158,8 @@ enum UnitField : int {
   kUnitGradSq = 0,
   kUnitParamSq = 1,
   kUnitUpdateSq = 2,
-  kUnitSums = 3,
+  kUnitHeld = 3,  // 1 where a block has kept its gradient, and applies it itself
+  kUnitSums = 4,
 };
 enum MatrixField : int {
   kMatrixNorm = 0,
