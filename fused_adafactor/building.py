@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = {"cpp": "libfused_adafactor.so", "cuda": "libfused_adafactor_cuda.so"}
@@ -98,7 +99,7 @@ def recipe_of(backend: str) -> Recipe:
     Raises:
         CannotBuild: There is no compiler for it, or no sources.
     """
-    return _cpp_recipe(sources()) if backend == "cpp" else _cuda_recipe(sources())
+    return _cpp_recipe(sources()) if backend == "cpp" else cuda_recipe()
 
 
 def _cpp_recipe(folder: Path) -> Recipe:
@@ -132,20 +133,29 @@ def _instruction_sets() -> dict[str, list[str]]:
     }
 
 
-def _cuda_recipe(folder: Path) -> Recipe:
-    nvcc = nvcc_path()
+def cuda_recipe(archs: Sequence[int] | None = None, extra: Sequence[str] = ()) -> Recipe:
+    """How the library for GPUs is built.
+
+    Args:
+        archs: What for, oldest first; None for what ``cuda_archs`` says.
+        extra: More arguments of nvcc.
+
+    Raises:
+        CannotBuild: There is no compiler for it, or no sources.
+    """
+    folder, nvcc = sources(), nvcc_path()
     if nvcc is None:
         raise CannotBuild("there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda")
     units = sorted((folder / "cuda").glob("*.cu"))
     if not units:
         raise CannotBuild(f"there are no kernels in {folder / 'cuda'}")
-    archs = cuda_archs(nvcc)
+    archs = cuda_archs(nvcc) if archs is None else archs
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     cores = os.cpu_count() or 1
     at_a_time = min(cores, len(units))
     flags = [*CUDA_FLAGS, f"-I{folder / 'include'}", f"--threads={max(1, cores // at_a_time)}"]
-    objects = {unit.stem: [*targets, *flags, "-c", str(unit)] for unit in units}
+    objects = {unit.stem: [*targets, *flags, *extra, "-c", str(unit)] for unit in units}
     # Linked with all that it needs of CUDA: it goes with any torch, and loads without a driver.
     link = ["-shared", "-cudart=static", *targets]
     return _recipe("cuda", [str(nvcc)], objects, link, at_a_time, folder)
@@ -161,16 +171,20 @@ def nvcc_path() -> Path | None:
     return next((path for path in found if os.access(path, os.X_OK)), None)
 
 
+def known_archs(nvcc: Path) -> set[int]:
+    """What nvcc compiles for."""
+    command = [str(nvcc), "--list-gpu-arch"]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {int(word[8:]) for word in listed.split() if word[8:].isdigit()}
+
+
 def cuda_archs(nvcc: Path) -> list[int]:
     """What is compiled for: of ``CUDA_ARCHS`` what nvcc knows, or what the environment asks for.
 
     Raises:
         CannotBuild: It asks for what nvcc does not know, or nvcc knows none.
     """
-    listed = subprocess.run(
-        [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
-    ).stdout
-    known = {int(word[8:]) for word in listed.split() if word[8:].isdigit()}
+    known = known_archs(nvcc)
     asked = os.environ.get(ARCHS_ENVIRONMENT, "").replace(",", " ").split()
     if not asked:
         archs = [arch for arch in CUDA_ARCHS if arch in known]
@@ -228,13 +242,16 @@ def is_current(recipe: Recipe, library: Path) -> bool:
         return False
 
 
-def compile_library(recipe: Recipe, library: Path, objects: Path) -> None:
+def compile_library(
+    recipe: Recipe, library: Path, objects: Path, log: IO[str] | None = None
+) -> None:
     """Compile a library, and move it into place whole: who has the old one loaded keeps it.
 
     Args:
         recipe: How.
         library: To write, or to replace.
         objects: A folder for what is made on the way.
+        log: A file for what the compilers say; None for where this process says it.
 
     Raises:
         OSError: A compiler cannot be started, or a folder cannot be written to.
@@ -248,11 +265,15 @@ def compile_library(recipe: Recipe, library: Path, objects: Path) -> None:
         for name, arguments in recipe.objects.items()
     ]
     with ThreadPoolExecutor(recipe.at_a_time) as pool:
-        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+        list(pool.map(functools.partial(_run, log=log), commands))
     fresh = library.with_suffix(".new")
     command = [*recipe.compiler, *recipe.link, *made.values(), "-o", str(fresh)]
-    subprocess.run(command, check=True)
+    _run(command, log)
     fresh.replace(library)
+
+
+def _run(command: Sequence[str], log: IO[str] | None) -> None:
+    subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
 # --- finding -------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ class _Native(Protocol):
     def missing(self) -> str | None:
         """Why it cannot run, or None."""
 
+    def refusal(self, device: torch.device) -> str | None:
+        """Why it cannot run on one of these devices, or None; it can run somewhere."""
+
     def describe(self) -> str:
         """What it is, where it can run."""
 
@@ -109,7 +112,11 @@ def choose(request: str, device: torch.device, distributed: bool = False) -> Fac
     """
     reasons = availability()
     for name in _NATIVE:
-        if reasons[name] is None and not _native(name).steps_on(device):
+        if reasons[name] is not None:
+            continue
+        if _native(name).steps_on(device):
+            reasons[name] = _native(name).refusal(device)
+        else:
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
     if distributed:
         for name in _NATIVE:

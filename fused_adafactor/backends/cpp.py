@@ -148,6 +148,11 @@ def steps_on(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def refusal(device: torch.device) -> str | None:
+    """Why it cannot run on a device of these, or None: there is only one."""
+    return None
+
+
 def facts() -> dict[str, str | int]:
     """The library, the instruction set that it uses, and the threads that a step takes."""
     return {

@@ -13,6 +13,7 @@ import os
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -54,7 +55,12 @@ def library() -> ctypes.CDLL:
         OSError: It cannot be loaded, or may be somebody else's.
         RuntimeError: It was built for another version of this package.
     """
-    native = building.load_library(_library_path(), "fused_adafactor_cuda_abi_version", ABI_VERSION)
+    return load(_library_path())
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a build of the library; see ``building.load_library``."""
+    native = building.load_library(path, "fused_adafactor_cuda_abi_version", ABI_VERSION)
     native.fused_adafactor_cuda_device.argtypes = [
         ctypes.c_int32,
         *(ctypes.POINTER(ctypes.c_int32),) * 3,  # processors, shared bytes, blocks of a processor
@@ -119,6 +125,42 @@ def steps_on(device: torch.device) -> bool:
         return device.type == "cuda"
 
 
+def refusal(device: torch.device) -> str | None:
+    """Why it cannot run on a device of these, or None: one may be too old for its kernels."""
+    try:
+        resources_of(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+class Resources(NamedTuple):
+    """What a device has for the kernels.
+
+    Attributes:
+        processors: That it has.
+        stash_bytes: Shared memory of each that gradients may be kept in.
+        blocks: That each of them runs at a time.
+    """
+
+    processors: int
+    stash_bytes: int
+    blocks: int
+
+
+def resources_of(device: torch.device) -> Resources:
+    """Ask the library for what a device has.
+
+    Raises:
+        RuntimeError: It cannot be had, or its kernels do not run there; with the name of the call.
+    """
+    found = [ctypes.c_int32() for _ in Resources._fields]
+    number = device.index or 0
+    code = library().fused_adafactor_cuda_device(number, *map(ctypes.byref, found))
+    _check(f"fused_adafactor_cuda_device({number})", code)
+    return Resources(*(value.value for value in found))
+
+
 def facts() -> dict[str, str]:
     """The library, and how it launches."""
     form, _ = launch_form()
@@ -157,12 +199,9 @@ class CudaLauncher:
         tuning = replace(TUNING, widest=min(TUNING.widest, widest), chunk=min(TUNING.chunk, widest))
         self.tuning = tuning.for_math(spec.math_dtype)
         self.waits = launch_form == "persistent"
-        found = [ctypes.c_int32() for _ in range(3)]
-        number = self.device.index or 0
-        code = library().fused_adafactor_cuda_device(number, *map(ctypes.byref, found))
-        _check(f"fused_adafactor_cuda_device({number})", code)
-        processors, self.stash_bytes, blocks = (value.value for value in found)
-        self.programs = processors * blocks
+        resources = resources_of(self.device)
+        self.stash_bytes = resources.stash_bytes
+        self.programs = resources.processors * resources.blocks
 
     def tuning_of(self, traits: Traits) -> Tuning:
         """Sizes for a tensor."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fused_adafactor import Adafactor, backends
+from fused_adafactor.backends import cuda
 from fused_adafactor.backends import triton as backend
 from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
 from fused_adafactor.spec import TensorId, spec_of
@@ -27,7 +28,8 @@ def _nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine as it is told to be."""
+    """A machine as it is told to be, without the CUDA library."""
+    monkeypatch.setattr(cuda, "missing", lambda: "the CUDA library was not built")
     find = importlib.util.find_spec
 
     def has(*, triton: bool = True, gpu: bool = True, rocm: str | None = None) -> None:

@@ -46,6 +46,11 @@ def steps_on(device: torch.device) -> bool:
     return device.type == ("cpu" if interprets() else "cuda")
 
 
+def refusal(device: torch.device) -> str | None:
+    """Why it cannot run on a device of these, or None: Triton says so when it compiles."""
+    return None
+
+
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get(INTERPRETER_ENVIRONMENT) == "1"
