@@ -248,4 +248,4 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == sizeof(float) ? kBlocks
 
 }  // namespace fused_adafactor
 
-#include "launch.h"
+#include "launch.cuh"
