@@ -250,66 +250,90 @@ __device__ __noinline__ void sum_lines(int unit) {
   store_sums(shared, unit, grad_sq, param_sq, 0.0, held);
 }
 
+// Σ_j g² of some lines, each of which a warp takes. Returns what each thread has of Σ g² before values are clipped.
+template <class M>
+__device__ __forceinline__ double sum_along(Shared<M>& shared, int first, int together) {
+  const Job<M>& job = shared.job;
+  const Rounds& rounds = shared.rounds;
+  double unclipped_sq = 0;
+#pragma unroll 1
+  for (int own = thread_number() / kWarp; own < together; own += kWarps) {
+    M sum = M(0);
+#pragma unroll 1
+    for (int column = thread_number() % kWarp; column < rounds.width; column += kWarp) {
+      const Place at = place_of<Loose>(rounds.first + (first + own) * job.row[f::kCols] + column, true);
+      M g[1];
+      read_unclipped<Loose>(job, at, g);
+      if (job.has(f::kValueClipSwitch)) unclipped_sq += double(g[0] * g[0]);  // an Inf must not hide behind the clip
+      clip<Loose>(job, M(1), g);
+      sum = fused(g[0], g[0], sum);
+    }
+    sum = of_lanes<Sum>(sum, kWarp);
+    if (thread_number() % kWarp == 0) shared.lines.sums[own] = sum;
+  }
+  return unclipped_sq;
+}
+
+// Add some lines to the sums across them; each thread has columns of its own.
+template <class M>
+__device__ __forceinline__ void sum_across(Shared<M>& shared, int first, int together, bool begins, M* to) {
+  const Job<M>& job = shared.job;
+  const Rounds& rounds = shared.rounds;
+  const bool weighs = job.has(f::kWeighsSwitch);
+#pragma unroll 1
+  for (int first_column = 0; first_column < rounds.width; first_column += kThreads) {
+    const int column = first_column + thread_number();
+    const bool here = column < rounds.width;
+    M square = M(0), weighted = M(0);
+    if (here && !begins) {
+      square = to[column];
+      if (weighs) weighted = to[job.row[f::kCols] + column];
+    }
+#pragma unroll 1
+    for (int own = 0; own < together; ++own) {
+      const Place at = place_of<Loose>(rounds.first + (first + own) * job.row[f::kCols] + column, here);
+      M g[1], num[1], exp_avg[1];
+      read_grad<Loose>(job, M(1), at, g);
+      square = fused(g[0], g[0], square);
+      if (!weighs) continue;
+      numerator<Loose>(shared, at, g, num, exp_avg);
+      weighted = fused(num[0] * num[0], shared.lines.weights[own], weighted);
+    }
+    if (!here) continue;
+    to[column] = square;
+    if (weighs) to[job.row[f::kCols] + column] = weighted;
+  }
+}
+
 // The same where neighbours are not read together: first along the lines, then, from a cache, across them.
 template <class M>
 __device__ __noinline__ void sum_lines_loosely(int unit) {
-  Shared<M>& shared = shared_of<M>();
   typedef Loose T;
+  Shared<M>& shared = shared_of<M>();
+  begin_rounds<T, 1, 1>(shared, unit);
   const Job<M>& job = shared.job;
-  const int64_t chunks = job.row[f::kChunks], chunk = unit % chunks, cols = job.row[f::kCols];
-  const Lines lines = lines_of(job, unit / chunks);
-  const Range columns = columns_of(job, chunk);
-  const bool weighs = job.has(f::kWeighsSwitch), clips_values = job.has(f::kValueClipSwitch);
-  const int thread = thread_number(), lane = thread % kWarp;
-  const void* old_lines = reinterpret_cast<const void*>(job.row[f::kLineVar]);
+  const Rounds& rounds = shared.rounds;
+  const bool keeps = unit % int(job.row[f::kChunks]) == 0;
   double grad_sq = 0;
-  for (int64_t first_of_block = lines.begin; first_of_block < lines.end; first_of_block += lines.block) {
-    const int64_t last = least(first_of_block + lines.block, lines.end);
-    M* partial = partial_sums(job, unit, first_of_block);
-    for (int64_t first = first_of_block; first < last; first += kLinesOfRound) {
-      const int together = int(least(kLinesOfRound, last - first));
+#pragma unroll 1
+  for (int first_of_block = 0; first_of_block < rounds.length; first_of_block += rounds.block) {
+    const int last = end_of_block(rounds, first_of_block);
+    M* partial = partial_sums(job, unit, rounds.first_line + first_of_block);
+#pragma unroll 1
+    for (int first = first_of_block; first < last; first += kLinesOfRound) {
+      const int together = last - first < kLinesOfRound ? last - first : kLinesOfRound;
       __syncthreads();  // before weights are overwritten that others still read
-      for (int own = thread / kWarp; own < together; own += kWarps) {  // a warp takes a line
-        M sum = M(0);
-        for (int64_t column = columns.begin + lane; column < columns.end; column += kWarp) {
-          M g[1];
-          read_unclipped<T>(job, place_of<T>((first + own) * cols + column, true), g);
-          if (clips_values) grad_sq += double(g[0] * g[0]);  // an Inf must not hide behind the clip
-          clip<T>(job, M(1), g);
-          sum = fused(g[0], g[0], sum);
-        }
-        sum = of_lanes<Sum>(sum, kWarp);
-        if (lane == 0) shared.lines.sums[own] = sum;
-      }
+      grad_sq += sum_along(shared, first, together);
       __syncthreads();
-      for (int own = thread; own < together; own += kThreads) {
-        const int64_t line = first + own;
+      for (int own = thread_number(); own < together; own += kThreads) {
+        const int64_t line = rounds.first_line + first + own;
+        const void* old_lines = reinterpret_cast<const void*>(job.row[f::kLineVar]);
         const M total = shared.lines.sums[own], old = read_one<M>(old_lines, int(job.row[f::kMomentDtype]), line);
-        if (!clips_values) grad_sq += double(total);
-        const uint32_t random = random_of_factor(job, line, false);
-        shared.lines.weights[own] = finish_line(job, line, old, total, random, chunk == 0);
+        if (!job.has(f::kValueClipSwitch)) grad_sq += double(total);
+        shared.lines.weights[own] = finish_line(job, line, old, total, random_of_factor(job, line, false), keeps);
       }
       __syncthreads();
-      for (int64_t column = columns.begin + thread; column - thread < columns.end; column += kThreads) {
-        const bool here = column < columns.end;
-        M square = M(0), weighted = M(0);
-        if (here && first > first_of_block) {
-          square = partial[column - columns.begin];
-          weighted = weighs ? partial[cols + column - columns.begin] : M(0);
-        }
-        for (int own = 0; own < together; ++own) {
-          const Place at = place_of<T>((first + own) * cols + column, here);
-          M g[1], num[1], exp_avg[1];
-          read_grad<T>(job, M(1), at, g);
-          square = fused(g[0], g[0], square);
-          if (!weighs) continue;
-          numerator<T>(shared, at, g, num, exp_avg);
-          weighted = fused(num[0] * num[0], shared.lines.weights[own], weighted);
-        }
-        if (!here) continue;
-        partial[column - columns.begin] = square;
-        if (weighs) partial[cols + column - columns.begin] = weighted;
-      }
+      sum_across(shared, first, together, first == first_of_block, partial);
     }
   }
   const double param_sq = job.has(f::kParamRmsSwitch) ? param_squares<T>(job, unit) : 0.0;

@@ -156,9 +156,9 @@ __device__ __forceinline__ void write_one(void* base, int dtype, int64_t offset,
 
 // Where an element lies that lies anywhere, by its number and the strides of some columns of the table.
 template <class M>
-__device__ __noinline__ int64_t strided_offset(int strides, int64_t k) {
-  const Job<M>& job = shared_of<M>().job;
+__device__ __forceinline__ int64_t strided_offset(const Job<M>& job, int strides, int64_t k) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = int(job.row[f::kDims]) - 1; d >= 0; --d) {
     const int64_t size = job.row[f::kSizes + d], before = k / size;
     offset += (k - before * size) * job.row[strides + d];
@@ -169,7 +169,7 @@ __device__ __noinline__ int64_t strided_offset(int strides, int64_t k) {
 
 template <class T, class M>
 __device__ __forceinline__ int64_t offset_of(const Job<M>& job, int strides, int64_t k) {
-  return T::has(job, f::kStridedSwitch) ? strided_offset<M>(strides, k) : k;
+  return T::has(job, f::kStridedSwitch) ? strided_offset(job, strides, k) : k;
 }
 
 // Elements in the math dtype, 0 where there are none.

@@ -43,11 +43,10 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   constexpr int N = T::kElements;
   const Job<M>& job = shared.job;
   const int dtype = T::param_dtype(job), momentum = T::momentum(job);
-  M p[N];
-  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
   Update<M, N> u;
   update_of<T>(shared, at, g, inverse_v, u);
-  M delta[N];
+  M p[N], delta[N];
+  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
   if (momentum == kMomentumUpdate || momentum == kMomentumStep) {
     const M scale = momentum == kMomentumUpdate ? job.by_clip : job.alpha * job.by_clip;
     M value[N];

@@ -54,11 +54,14 @@ struct Rounds {
 
 // What the block is at. Here and not in registers, all of which an item may take.
 struct Task {
-  int64_t ticket;
-  int64_t wave;        // up to which kept units are to be applied
-  int32_t item, end;   // of the ticket
+  enum State : int32_t { kBeginning, kTaking, kEnding };  // before its first ticket, with one, after its last one
+  static constexpr int32_t kNothing = -1;                 // a kind
+
+  int64_t wave;       // units that are kept, up to this one, come first
+  State state;
+  int32_t item, end;  // of the ticket
   int32_t kind, tensor, unit;
-  bool from_stash;     // the unit is one that this block keeps: the first of them
+  bool from_stash;    // the unit is the first one that this block keeps
 };
 
 template <class M>

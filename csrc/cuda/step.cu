@@ -10,7 +10,6 @@ namespace fused_adafactor {
 // What an item is of, from the tables.
 template <class M>
 __device__ __forceinline__ void begin_job(Shared<M>& shared) {
-  __syncthreads();  // the task is set, and the last one over
   const CudaLaunch& launch = shared.launch;
   Job<M>& job = shared.job;
   const int tensor = shared.task.tensor;
@@ -87,8 +86,7 @@ __device__ __forceinline__ void wait_for_sums(const Shared<M>& shared) {
 
 // The item of the task.
 template <class M>
-__device__ __noinline__ void run_item() {
-  Shared<M>& shared = shared_of<M>();
+__device__ __forceinline__ void run_item(Shared<M>& shared) {
   begin_job(shared);
   const Job<M>& job = shared.job;
   const Task& task = shared.task;
@@ -145,7 +143,6 @@ __device__ __noinline__ void run_item() {
       if (!is_skipped(shared)) idle_unit(job, task.unit, task.kind == f::kAccumulateKind);
       break;
   }
-  __syncthreads();  // before the next task
 }
 
 // The last wave whose second sweep begins before a ticket that begins with this item, as `tickets_of` orders them; the
@@ -156,55 +153,53 @@ __device__ __forceinline__ int64_t wave_before(const CudaLaunch& launch, const i
   return item[0] == f::kChunkKind || item[0] == f::kStatsKind ? wave - 2 : wave - 1;
 }
 
-// Apply the units that this block keeps, up to the wave of the task.
-//
-// Nobody else will, so it is done before the block may wait for what comes after that. Then it is as if the block held
-// their tickets: what they wait for has lower ones, and what waits for them has higher ones.
+// The next ticket of this block, or none: then all that it keeps is due.
 template <class M>
-__device__ __forceinline__ void apply_held(Shared<M>& shared) {
-  Stash& stash = shared.stash;
-  __syncthreads();
-#pragma unroll 1
-  while (stash.count > 0 && stash.held[0].wave <= shared.task.wave) {
-    if (is_first_thread()) {
-      shared.task.kind = f::kApplyKind;
-      shared.task.tensor = stash.held[0].tensor;
-      shared.task.unit = stash.held[0].unit;
-      shared.task.from_stash = true;
-    }
-    run_item<M>();
-    if (is_first_thread()) {
-      --stash.count;
-      for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + 1];
-    }
-    __syncthreads();
+__device__ __forceinline__ void take_ticket(Shared<M>& shared) {
+  const CudaLaunch& launch = shared.launch;
+  Task& task = shared.task;
+  const bool first = task.state == Task::kBeginning;
+  int64_t ticket = int64_t(launch.begin) + blockIdx.x;
+  if (launch.waits != 0) ticket = int64_t(launch.begin) + atomicAdd(launch.counters + f::kNextTicket, 1);
+  if (launch.waits != 0 ? ticket >= launch.end : !first) {
+    task.state = Task::kEnding;
+    task.wave = INT64_MAX;
+    return;
   }
+  task.state = Task::kTaking;
+  task.item = launch.tickets[ticket];
+  task.end = launch.tickets[ticket + 1];
+  task.wave = wave_before(launch, launch.items + 3 * int64_t(task.item));
+  shared.stash.keeps = launch.waits != 0 && task.end - task.item == 1;  // else it is applied by this ticket
 }
 
-// The items of the task's ticket, one after the other.
+// What the block does next; one thread sees to it.
+//
+// Units that it keeps nobody else will apply, so they come before items that may wait for what comes after them. Then it
+// is as if the block held their tickets: what they wait for has lower ones, and what waits for them has higher ones.
 template <class M>
-__device__ __forceinline__ void run_ticket(Shared<M>& shared) {
+__device__ __forceinline__ void next_task(Shared<M>& shared) {
   Task& task = shared.task;
-  if (is_first_thread()) {
-    const CudaLaunch& launch = shared.launch;
-    task.item = launch.tickets[task.ticket];
-    task.end = launch.tickets[task.ticket + 1];
-    task.wave = wave_before(launch, launch.items + 3 * int64_t(task.item));
-    shared.stash.keeps = launch.waits != 0 && task.end - task.item == 1;  // else it is applied by this ticket
+  Stash& stash = shared.stash;
+  if (task.from_stash) {
+    --stash.count;
+    for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + 1];
+  } else if (task.state == Task::kTaking) {
+    ++task.item;
   }
-  apply_held(shared);
-#pragma unroll 1
-  while (task.item < task.end) {
-    if (is_first_thread()) {
-      const int32_t* what = shared.launch.items + 3 * int64_t(task.item);
-      task.kind = what[0];
-      task.tensor = what[1];
-      task.unit = what[2];
-      task.from_stash = false;
-    }
-    run_item<M>();
-    if (is_first_thread()) ++task.item;
-    __syncthreads();
+  if (task.state == Task::kBeginning || (task.state == Task::kTaking && task.item == task.end)) take_ticket(shared);
+  task.from_stash = stash.count > 0 && stash.held[0].wave <= task.wave;
+  if (task.from_stash) {
+    task.kind = f::kApplyKind;
+    task.tensor = stash.held[0].tensor;
+    task.unit = stash.held[0].unit;
+  } else if (task.state == Task::kTaking) {
+    const int32_t* what = shared.launch.items + 3 * int64_t(task.item);
+    task.kind = what[0];
+    task.tensor = what[1];
+    task.unit = what[2];
+  } else {
+    task.kind = Task::kNothing;
   }
 }
 
@@ -212,23 +207,21 @@ template <class M>
 __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared) {
   if (is_first_thread()) {
     shared.launch = launch;
-    shared.task.ticket = int64_t(launch.begin) + blockIdx.x;
+    shared.task.state = Task::kBeginning;
+    shared.task.from_stash = false;
     shared.stash.bytes = launch.stash_bytes;
     shared.stash.count = 0;
     shared.stash.rounds = 0;
     for (int i = 0; i < kAhead; ++i) make_barrier(shared.stash.arrivals + i);
   }
-  __syncthreads();
-  if (launch.waits == 0) return run_ticket(shared);
-#pragma unroll 1
   for (;;) {
-    if (is_first_thread()) shared.task.ticket = launch.begin + atomicAdd(launch.counters + f::kNextTicket, 1);
+    if (is_first_thread()) next_task(shared);
     __syncthreads();
-    if (shared.task.ticket >= launch.end) break;
-    run_ticket(shared);
+    if (shared.task.kind == Task::kNothing) break;
+    run_item(shared);
+    __syncthreads();
   }
-  if (is_first_thread()) shared.task.wave = INT64_MAX;
-  apply_held(shared);
+  if (launch.waits == 0) return;
   // The last block to leave sets all counters back, for the next launch.
   const bool last = seen_by_all(shared, [&] {
     __threadfence();
@@ -248,4 +241,4 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == sizeof(float) ? kBlocks
 
 }  // namespace fused_adafactor
 
-#include "launch.h"
+#include "launch.cuh"

@@ -1,7 +1,7 @@
 // The entry points of the library, on the host. Part of step.cu.
 
-#ifndef FUSED_ADAFACTOR_CUDA_LAUNCH_H
-#define FUSED_ADAFACTOR_CUDA_LAUNCH_H
+#ifndef FUSED_ADAFACTOR_CUDA_LAUNCH_CUH
+#define FUSED_ADAFACTOR_CUDA_LAUNCH_CUH
 
 #include "shared.cuh"
 
@@ -123,4 +123,4 @@ extern "C" const char* fused_adafactor_cuda_error(int32_t code) {
 
 #endif
 
-#endif  // FUSED_ADAFACTOR_CUDA_LAUNCH_H
+#endif  // FUSED_ADAFACTOR_CUDA_LAUNCH_CUH
