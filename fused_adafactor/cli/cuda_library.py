@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fused_adafactor import building
@@ -40,15 +41,22 @@ def report(targets: Sequence[str], args: argparse.Namespace) -> tuple[list[Kerne
     """Functions that were compiled, and why others were not."""
     kernels: list[Kernel] = []
     failures = []
-    with ProgressBar(len(targets), "compiling") as bar:
-        for target in targets:
-            try:
-                functions = compile_for(target)
-                kernels += [k for k in functions if args.match in k.kernel]
-            except (OSError, RuntimeError, building.CannotBuild) as error:
-                failures.append(f"the CUDA library for {target}: {error}")
+    with ProgressBar(len(targets), "compiling") as bar, ThreadPoolExecutor(args.jobs) as threads:
+        for target, made in zip(targets, threads.map(_compiled, targets), strict=True):
+            if isinstance(made, str):
+                failures.append(f"the CUDA library for {target}: {made}")
+            else:
+                kernels += [k for k in made if args.match in k.kernel]
             bar.advance(target)
     return kernels, failures
+
+
+def _compiled(target: str) -> list[Kernel] | str:
+    """The functions for a target, or why there are none."""
+    try:
+        return compile_for(target)
+    except (OSError, RuntimeError, building.CannotBuild) as error:
+        return str(error)
 
 
 def compile_for(target: str) -> list[Kernel]:

@@ -22,6 +22,7 @@ from fused_adafactor.backends import cuda as backend
 from fused_adafactor.dialects.hf import Adafactor as HF
 from fused_adafactor.launching import LAUNCH_ENVIRONMENT
 from fused_adafactor.spec import TensorId, spec_of
+from tests.emulated import library as library_for_the_host
 from tests.stepping import same_bits
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -364,3 +365,13 @@ def test_a_mirror_is_refused_with_the_reason(mirrored: bool) -> None:
     found = backend.obstacle(spec_of(TensorId(0, 0, None), param, param, rule, mirror=mirror))
     assert (found is not None) == mirrored
     assert found is None or "mirror" in found
+
+
+@pytest.mark.slow
+def test_the_self_check_steps_through_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the kernels themselves, emulated, and not with a library that lies."""
+    monkeypatch.setenv(backend.LIBRARY_ENVIRONMENT, str(library_for_the_host()))
+    assert main(["info"]) == 0
+    assert "self check on cpu with cuda: ok" in capsys.readouterr().out
