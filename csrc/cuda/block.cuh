@@ -21,16 +21,19 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ int thread_number() { return int(threadIdx.x); }
 
-// Whether this is the thread that acts for the block. It is looked up each time, and takes no register in between.
-__device__ __forceinline__ bool is_first_thread() {
+// The same, looked up each time: no register holds it, nor what follows from it, in between.
+__device__ __forceinline__ int thread_number_anew() {
 #if defined(FA_EMULATED)
-  return thread_number() == 0;
+  return thread_number();
 #else
-  unsigned thread;
+  int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread == 0;
+  return thread;
 #endif
 }
+
+// Whether this is the thread that acts for the block.
+__device__ __forceinline__ bool is_first_thread() { return thread_number_anew() == 0; }
 
 __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ __forceinline__ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

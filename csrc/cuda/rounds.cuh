@@ -126,7 +126,8 @@ __device__ __forceinline__ bool end_rounds(Shared<M>& shared, int unit, int coun
     stash.rounds += uint32_t(count);
     if (rounds.held > 0) {
       const int end = rounds.begin + rounds.held * rounds.width * kStashedSize<T>;
-      stash.held[stash.count] = {shared.task.tensor, unit, int32_t(shared.job.row[f::kWave]), rounds.begin, end, rounds.held};
+      const int32_t wave = int32_t(shared.job.row[f::kWave]);
+      stash.held[stash.count] = {shared.task.tensor, unit, wave, rounds.begin, end, rounds.held};
       ++stash.count;
     }
   }

@@ -53,8 +53,8 @@ struct Stash {
   }
 };
 
-// From sm_90 on one thread has a round copied in bulk, and an mbarrier tells when its bytes are there. Before that every
-// thread has what it will read itself copied, 16 bytes at a time, and waits for that.
+// From sm_90 on one thread has a round copied in bulk, and an mbarrier tells when its bytes are there. Before that
+// every thread has what it will read itself copied, 16 bytes at a time, and waits for that.
 #if defined(FA_EMULATED)
 
 #if defined(FA_EMULATED_SM80)

@@ -16,8 +16,8 @@ __device__ __forceinline__ void begin_job(Shared<M>& shared) {
   const int64_t* row = launch.table + int64_t(tensor) * f::kTensorFields;
   const int64_t rule = row[f::kRule];
   const double* numbers = launch.numbers + rule * f::kNumbers;
-  for (int i = thread_number(); i < f::kTensorFields; i += kThreads) job.row[i] = row[i];
-  for (int i = thread_number(); i < f::kNumbers; i += kThreads) job.numbers[i] = M(numbers[i]);
+  for (int i = thread_number_anew(); i < f::kTensorFields; i += kThreads) job.row[i] = row[i];
+  for (int i = thread_number_anew(); i < f::kNumbers; i += kThreads) job.numbers[i] = M(numbers[i]);
   if (is_first_thread()) {
     const int64_t* integers = launch.integers + rule * f::kIntegers;
     job.rule = numbers;
@@ -175,8 +175,8 @@ __device__ __forceinline__ void take_ticket(Shared<M>& shared) {
 
 // What the block does next; one thread sees to it.
 //
-// Units that it keeps nobody else will apply, so they come before items that may wait for what comes after them. Then it
-// is as if the block held their tickets: what they wait for has lower ones, and what waits for them has higher ones.
+// Units that it keeps nobody else will apply, so they come before items that may wait for what comes after them. Then
+// it is as if the block held their tickets: what they wait for has lower ones, and what waits for them higher ones.
 template <class M>
 __device__ __forceinline__ void next_task(Shared<M>& shared) {
   Task& task = shared.task;
@@ -235,7 +235,10 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
 constexpr int kBlocksOfProcessor = 2;
 
 template <class M>
-__global__ void __launch_bounds__(kThreads, sizeof(M) == sizeof(float) ? kBlocksOfProcessor : 1) run_tickets(const CudaLaunch launch) {
+constexpr int kLeastBlocks = sizeof(M) == sizeof(float) ? kBlocksOfProcessor : 1;
+
+template <class M>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<M>) run_tickets(const CudaLaunch launch) {
   step(launch, shared_of<M>());
 }
 

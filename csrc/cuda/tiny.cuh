@@ -7,8 +7,8 @@
 
 namespace fused_adafactor {
 
-// As many whole matrices as there is room for; of 8-bit first moments, no more than one element for each thread, so that
-// a block of them is there at once.
+// As many whole matrices as there is room for; of 8-bit first moments, no more than one element for each thread, so
+// that a block of them is there at once.
 template <class M>
 class TinyWalk {
  public:

@@ -1,4 +1,4 @@
-// CUDA on the host: what the kernels in csrc/cuda use of it, so that the same sources run, and are tested, without a GPU.
+// CUDA on the host: what the kernels in csrc/cuda use of it, so that the same sources are tested without a GPU.
 //
 // Every thread of a block is a fiber, and so is every thread of every block that is there at a time; they take turns at
 // barriers, at warp operations, and wherever a block waits for another one. The interleaving is always the same one.
