@@ -26,6 +26,16 @@ SHAPES = [
     *((48, 64), (9, 13), (64, 96), (10, 512), (2, 40, 32), (4, 528), (3, 3), (8, 16), (96, 16)),
     *((48, 64), (37,), (40, 256)),
 ]
+# Slabs of many rounds, the last one of each not whole; lines of which a thread has one run of
+# neighbours, and two; chunks.
+LONG = replace(
+    SMALL,
+    cut=replace(SMALL.cut, slab_elements=6000, slab_lines=8),
+    widest=1024,
+    chunk=512,
+    wave_bytes=2**18,
+)
+LONG_SHAPES = [(300, 64), (9, 13), (70, 256), (44, 528), (27, 1024), (21, 2048), (150, 128)]
 
 
 @pytest.fixture
@@ -94,6 +104,24 @@ def test_what_is_kept_changes_no_bit(
         assert 0 < held[0] < held[-1]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_slabs_of_many_rounds(
+    dtype: torch.dtype, held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that stay, and those that make room for others."""
+    use(monkeypatch, LONG)
+    runs = []
+    for size in (0, 13 * 1024, 20 * 1024, 200 * 1024):
+        with monkeypatch.context() as patch:
+            stash_of(patch, size)
+            runs.append(run(dtype, LONG_SHAPES))
+    for other in runs[1:]:
+        assert_same(runs[0], other)
+    assert 0 < held[0] < held[-1]
+    pair = judged("hf", params_in(LONG_SHAPES, dtype))
+    pair.step(draw(LONG_SHAPES, 0, dtype))
+
+
 @pytest.mark.parametrize("processors", [1, 2, 4])
 def test_any_number_of_blocks_keeps_what_it_may(
     processors: int, monkeypatch: pytest.MonkeyPatch
@@ -112,12 +140,13 @@ def test_any_number_of_blocks_keeps_what_it_may(
 
 def test_copies_that_threads_make_themselves_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on sm_80, which has no bulk copies."""
+    use(monkeypatch, LONG)
     stash_of(monkeypatch, 32 * 1024)
-    runs = [run(BF16)]
+    runs = [run(BF16, LONG_SHAPES)]
     library = emulated.library("-DFA_EMULATED_SM80")
     monkeypatch.setenv(cuda.LIBRARY_ENVIRONMENT, str(library))
     cuda.library.cache_clear()
-    runs.append(run(BF16))
+    runs.append(run(BF16, LONG_SHAPES))
     assert_same(*runs)
 
 
