@@ -45,8 +45,7 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   const int dtype = T::param_dtype(job), momentum = T::momentum(job);
   Update<M, N> u;
   update_of<T>(shared, at, g, inverse_v, u);
-  M p[N], delta[N];
-  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
+  M delta[N];
   if (momentum == kMomentumUpdate || momentum == kMomentumStep) {
     const M scale = momentum == kMomentumUpdate ? job.by_clip : job.alpha * job.by_clip;
     M value[N];
@@ -76,7 +75,8 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
     write<T>(job, f::kAccumulator, f::kStateStrides, DtypeOf<M>::value, at, zero);
   }
   const bool kahan = T::has(job, f::kKahanSwitch);
-  M lost[N] = {};
+  M p[N], lost[N] = {};
+  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
   if (kahan) {
     read<T>(job, f::kCompensation, f::kStateStrides, dtype, at, lost);
 #pragma unroll
