@@ -77,6 +77,12 @@ def test_the_record_of_a_launch_is_that_of_the_header() -> None:
     assert int(version) == cuda.ABI_VERSION
 
 
+def test_lines_are_cut_as_wide_as_the_kernels_hold_them() -> None:
+    text = (INCLUDE.parents[1] / "cuda" / "shared.cuh").read_text(encoding="utf-8")
+    (elements,) = re.findall(r"kWidest = (\d+) \* kThreads", text)
+    assert int(elements) == cuda._ELEMENTS_OF_A_THREAD
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_every_switch_has_a_bit_of_its_own(name: str) -> None:
     trait = name.removesuffix("_SWITCH").lower()
