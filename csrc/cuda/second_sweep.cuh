@@ -45,6 +45,9 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   const int dtype = T::param_dtype(job), momentum = T::momentum(job);
   Update<M, N> u;
   update_of<T>(shared, at, g, inverse_v, u);
+  if (T::has(job, f::kAmsgradSwitch)) {
+    write<T>(job, f::kVarMax, f::kStateStrides, int(job.row[f::kMomentDtype]), at, u.var_max);
+  }
   M delta[N];
   if (momentum == kMomentumUpdate || momentum == kMomentumStep) {
     const M scale = momentum == kMomentumUpdate ? job.by_clip : job.alpha * job.by_clip;
@@ -66,9 +69,6 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
     } else {
       write<T>(job, f::kExpAvg, f::kStateStrides, kept, at, u.exp_avg);
     }
-  }
-  if (T::has(job, f::kAmsgradSwitch)) {
-    write<T>(job, f::kVarMax, f::kStateStrides, int(job.row[f::kMomentDtype]), at, u.var_max);
   }
   if (T::has(job, f::kAccumulatesSwitch)) {
     const M zero[N] = {};
