@@ -9,7 +9,7 @@ DECLARED := pyproject.toml setup.py constraints.txt
 NATIVE := $(wildcard csrc/include/*/*.h csrc/cpu/* csrc/cuda/*.cu*) fused_adafactor/building.py
 NVCC = $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2
-ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/kernels/test_blocks_of_moments.py tests/parity/test_shapes.py
+ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/kernels/test_blocks_of_moments.py tests/parity/test_shapes.py tests/interpret
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build lint type arch fmt test test-interpret test-asan codegen demo bench micro gpu ci clean
@@ -50,12 +50,13 @@ test-interpret: .venv/.stamp-dev ## run the Triton kernels in Triton's interpret
 
 # A build of its own, which leaves the one that is installed alone. Python and torch are not built with the sanitizer,
 # so its library is loaded before them; what they never free is not looked for.
-test-asan: .venv/.stamp-dev ## run the kernels' tests with AddressSanitizer and UBSan in the C++ library
+test-asan: .venv/.stamp-dev ## run the kernels' tests with AddressSanitizer and UBSan in the C++ library, and CUDA's emulated
 	FUSED_ADAFACTOR_BUILD=cpp FUSED_ADAFACTOR_CXXFLAGS="$(SANITIZE)" \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	    FUSED_ADAFACTOR_LIBRARY=$(CURDIR)/build/asan/fused_adafactor/libfused_adafactor.so \
+	    FUSED_ADAFACTOR_EMULATED_FLAGS="$(SANITIZE)" \
 	    $(BIN)/python -m pytest -n auto --dist worksteal $(ASAN_TESTS) $(ARGS)
 
 codegen: .venv/.stamp-dev ## compile the kernels for GPUs that are not here: no spills, wide accesses (minutes)

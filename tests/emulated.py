@@ -48,7 +48,9 @@ def library(*flags: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists() or built.stat().st_mtime < _newest_source():
             unfinished = built.with_suffix(".unfinished")
-            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            # The compiler is not what a sanitizer is loaded for.
+            environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+            subprocess.run([*command, "-o", str(unfinished)], check=True, env=environment)
             unfinished.replace(built)
     return built
 

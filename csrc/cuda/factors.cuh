@@ -233,7 +233,7 @@ __device__ __forceinline__ double finalize_matrices(Shared<M>& shared, bool& unk
   return of_block<Sum>(known, shared.reduced);
 }
 
-// Σ g² of a tensor, before any clipping.
+// Σ g² of a tensor, before any clipping; every thread gets it.
 template <class M>
 __device__ __forceinline__ double total_grad_sq(Shared<M>& shared) {
   const double total = sum_of_units(shared, f::kUnitGradSq);
@@ -286,6 +286,12 @@ __device__ __noinline__ void finalize() {
     if (measures && !unknown) set_clip(job, update_sq);
     job.outcome[f::kUnknown] = unknown ? 1.0 : 0.0;
   }
+}
+
+// The same where finalizing waits for the other tensors.
+template <class M>
+__device__ __noinline__ void total() {
+  total_grad_sq(shared_of<M>());
 }
 
 // RMS(u) once the third sweep is over.

@@ -18,6 +18,7 @@ __device__ __forceinline__ void begin_rounds(Shared<M>& shared, int unit) {
   if (is_first_thread()) {
     const Job<M>& job = shared.job;
     Rounds& rounds = shared.rounds;
+    if (N > 1 && job.row[f::kChunk] > kWidest) __trap();  // nothing has room for it
     const int64_t chunks = job.row[f::kChunks];
     const Lines lines = lines_of(job, unit / chunks);
     const Range columns = columns_of(job, unit % chunks);

@@ -45,8 +45,10 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   const int dtype = T::param_dtype(job), momentum = T::momentum(job);
   Update<M, N> u;
   update_of<T>(shared, at, g, inverse_v, u);
-  M p[N], delta[N];
-  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
+  if (T::has(job, f::kAmsgradSwitch)) {
+    write<T>(job, f::kVarMax, f::kStateStrides, int(job.row[f::kMomentDtype]), at, u.var_max);
+  }
+  M delta[N];
   if (momentum == kMomentumUpdate || momentum == kMomentumStep) {
     const M scale = momentum == kMomentumUpdate ? job.by_clip : job.alpha * job.by_clip;
     M value[N];
@@ -68,15 +70,13 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
       write<T>(job, f::kExpAvg, f::kStateStrides, kept, at, u.exp_avg);
     }
   }
-  if (T::has(job, f::kAmsgradSwitch)) {
-    write<T>(job, f::kVarMax, f::kStateStrides, int(job.row[f::kMomentDtype]), at, u.var_max);
-  }
   if (T::has(job, f::kAccumulatesSwitch)) {
     const M zero[N] = {};
     write<T>(job, f::kAccumulator, f::kStateStrides, DtypeOf<M>::value, at, zero);
   }
   const bool kahan = T::has(job, f::kKahanSwitch);
-  M lost[N] = {};
+  M p[N], lost[N] = {};
+  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
   if (kahan) {
     read<T>(job, f::kCompensation, f::kStateStrides, dtype, at, lost);
 #pragma unroll
@@ -89,25 +89,19 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
     for (int i = 0; i < N; ++i) lost[i] = p[i];
   }
   round_param<T>(job, at, p);
+  const bool averages = T::has(job, f::kAveragesSwitch), overwrites = averages && job.numbers[f::kOverwrite] > M(0);
   if (kahan) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) lost[i] = is_finite(p[i]) ? lost[i] - p[i] : M(0);
-  }
-  if (T::has(job, f::kAveragesSwitch)) {
-    M averaged[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) averaged[i] = p[i];
-    average<T>(job, at, averaged);
-    if (job.numbers[f::kOverwrite] > M(0)) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        p[i] = averaged[i];
-        lost[i] = M(0);  // it belongs to the value that is overwritten
-      }
+    for (int i = 0; i < N; ++i) {
+      // What was lost belongs to the value that is overwritten.
+      lost[i] = is_finite(p[i]) && !overwrites ? lost[i] - p[i] : M(0);
     }
+    write<T>(job, f::kCompensation, f::kStateStrides, dtype, at, lost);
   }
-  write<T>(job, f::kParam, f::kStrides, dtype, at, p);
-  if (kahan) write<T>(job, f::kCompensation, f::kStateStrides, dtype, at, lost);
+  if (!overwrites) write<T>(job, f::kParam, f::kStrides, dtype, at, p);
+  if (!averages) return;
+  average<T>(job, at, p);
+  if (overwrites) write<T>(job, f::kParam, f::kStrides, dtype, at, p);
 }
 
 // 1 / sqrt(line / norm) of a line.
@@ -121,9 +115,18 @@ __device__ __forceinline__ M line_factor(const Job<M>& job, int64_t line, int64_
 template <class T, class M>
 __device__ __forceinline__ void inverse_roots(const Job<M>& job, M factor, int64_t matrix, int64_t column, bool here,
                                               M (&inverse_v)[T::kElements]) {
-  const M* factors = job.template in_scratch<M>(f::kFactor) + matrix * job.row[f::kCols] + column;
+  const int64_t place = matrix * job.row[f::kCols] + column;
+  const M* factors = job.template in_scratch<M>(f::kFactor);
 #pragma unroll
-  for (int i = 0; i < T::kElements; ++i) inverse_v[i] = here ? factor * factors[i] : M(0);
+  for (int i = 0; i < T::kElements; ++i) inverse_v[i] = M(0);
+  if (!here) return;
+  if constexpr (T::kElements == 1) {
+    inverse_v[0] = factors[place];
+  } else {
+    read_vector<false>(factors, DtypeOf<M>::value, place, inverse_v);
+  }
+#pragma unroll
+  for (int i = 0; i < T::kElements; ++i) inverse_v[i] *= factor;
 }
 
 // Σ u² of those lines of a slab for which it is not known, less what was counted for them.

@@ -59,7 +59,7 @@ struct Task {
 
   int64_t wave;       // units that are kept, up to this one, come first
   State state;
-  int32_t item, end;  // of the ticket
+  int32_t item, end;  // of the ticket; before the first one its number
   int32_t kind, tensor, unit;
   bool from_stash;    // the unit is the first one that this block keeps
 };

@@ -106,7 +106,7 @@ __device__ __forceinline__ void run_item(Shared<M>& shared) {
       break;
     case f::kTotalKind:
       wait_for_counter(shared, f::kStatsDone, job.row[f::kUnits]);
-      total_grad_sq(shared);
+      total<M>();
       break;
     case f::kMergeKind:
       wait_for_sums(shared);
@@ -158,10 +158,9 @@ template <class M>
 __device__ __forceinline__ void take_ticket(Shared<M>& shared) {
   const CudaLaunch& launch = shared.launch;
   Task& task = shared.task;
-  const bool first = task.state == Task::kBeginning;
-  int64_t ticket = int64_t(launch.begin) + blockIdx.x;
+  int64_t ticket = launch.begin + task.item;  // the only one of a block, where nobody waits
   if (launch.waits != 0) ticket = int64_t(launch.begin) + atomicAdd(launch.counters + f::kNextTicket, 1);
-  if (launch.waits != 0 ? ticket >= launch.end : !first) {
+  if (launch.waits != 0 ? ticket >= launch.end : task.state != Task::kBeginning) {
     task.state = Task::kEnding;
     task.wave = INT64_MAX;
     return;
@@ -183,6 +182,7 @@ __device__ __forceinline__ void next_task(Shared<M>& shared) {
   Stash& stash = shared.stash;
   if (task.from_stash) {
     --stash.count;
+#pragma unroll 1
     for (int i = 0; i < stash.count; ++i) stash.held[i] = stash.held[i + 1];
   } else if (task.state == Task::kTaking) {
     ++task.item;
@@ -208,6 +208,7 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
   if (is_first_thread()) {
     shared.launch = launch;
     shared.task.state = Task::kBeginning;
+    shared.task.item = int32_t(blockIdx.x);
     shared.task.from_stash = false;
     shared.stash.bytes = launch.stash_bytes;
     shared.stash.count = 0;
@@ -228,7 +229,7 @@ __device__ __forceinline__ void step(const CudaLaunch& launch, Shared<M>& shared
     return atomicAdd(launch.counters + f::kProgramsDone, 1) == int(gridDim.x) - 1;
   });
   if (!last) return;
-  for (int i = thread_number(); i < launch.counter_count; i += kThreads) launch.counters[i] = 0;
+  for (int i = thread_number_anew(); i < launch.counter_count; i += kThreads) launch.counters[i] = 0;
 }
 
 // Blocks of a multiprocessor hide each other's waits. Numbers of float64 take as many registers as there are.

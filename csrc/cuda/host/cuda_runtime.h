@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define __global__
@@ -70,6 +71,7 @@ int launch(void (*kernel)(const void*), const void* argument, unsigned blocks, u
 
 inline void __syncthreads() { emulation::wait_for_block(); }
 inline void __syncwarp(unsigned = 0xFFFFFFFFu) { emulation::wait_for_warp(); }
+[[noreturn]] inline void __trap() { abort(); }
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulation::let_others_run(); }
 
