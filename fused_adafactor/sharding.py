@@ -7,7 +7,7 @@ them take part in the same all-reduces, in the same order, with as many numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -15,10 +15,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from fused_adafactor.binding import PartialSum
 from fused_adafactor.rule import Rule
 from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import Entry
+from fused_adafactor.summing import Message
 
 
 def shard_of(id: TensorId, param: Tensor) -> Shard | None:
@@ -251,23 +251,28 @@ class Processes:
         """Start without any: groups are made by all processes together, in a step."""
         self._groups: dict[tuple[Hashable, tuple[int, ...]], torch.distributed.ProcessGroup] = {}
 
-    def sum(self, specs: Sequence[TensorSpec], sums: Sequence[Sequence[PartialSum]]) -> None:
-        """Take sums, in place: one all-reduce for each group of processes.
+    def start(self, message: Message) -> Callable[[], None]:
+        """Start to sum up a message: one all-reduce, of its memory where that is in one piece.
 
-        Args:
-            specs: The tensors.
-            sums: Of each; the same ones on all processes.
+        Returns:
+            What waits for it; then the sums are where the parts were. On a GPU no host waits.
         """
-        by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
-        # In the order of the optimizer: what steps come together also depends on plain parameters,
-        # which may be other ones on each process.
-        pairs = zip(specs, sums, strict=True)
-        for spec, mine in sorted(pairs, key=lambda pair: pair[0].id.index):
-            for tensor, over in mine:
-                if spec.shard is not None and over:
-                    by_group.setdefault((spec.shard.mesh, over), []).append(tensor)
-        for (mesh, over), tensors in by_group.items():
-            _all_reduce(tensors, mesh, self._group(mesh, over))
+        mesh, buffers = cast(Any, message.mesh), message.buffers
+        group = self._group(mesh, message.over)
+        # The mesh's device is where its processes talk; CPU-offloaded parameters are not on it.
+        if len(buffers) == 1 and buffers[0].device.type == mesh.device_type:
+            return _all_reduce(buffers[0], group)
+        dtype = max((buffer.dtype for buffer in buffers), key=lambda dtype: dtype.itemsize)
+        flat = torch.cat([buffer.to(mesh.device_type, dtype) for buffer in buffers])
+        wait = _all_reduce(flat, group)
+
+        def bring_back() -> None:
+            wait()
+            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part)
+
+        return bring_back
 
     def _group(self, mesh: Any, over: tuple[int, ...]) -> torch.distributed.ProcessGroup:
         """The processes that share with this one what is split over dimensions of a mesh."""
@@ -284,16 +289,14 @@ class Processes:
         return self._groups[mesh, over]
 
 
-def _all_reduce(
-    tensors: Sequence[Tensor], mesh: Any, group: torch.distributed.ProcessGroup
-) -> None:
-    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-    # On the mesh's device, which a parameter that is kept on the CPU is not on.
-    flat = torch.cat([t.reshape(-1).to(mesh.device_type, dtype) for t in tensors])
-    torch.distributed.all_reduce(flat, group=group)
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+def _all_reduce(flat: Tensor, group: torch.distributed.ProcessGroup) -> Callable[[], None]:
+    work = torch.distributed.all_reduce(flat, group=group, async_op=True)
+
+    def wait() -> None:
+        assert work is not None
+        work.wait()
+
+    return wait
 
 
 def _block(size: int, axes: Iterable[int], mesh: Any) -> tuple[int, int]:

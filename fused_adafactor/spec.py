@@ -110,6 +110,11 @@ class TensorSpec:
     mirror_dtype: torch.dtype | None = None
 
     @property
+    def is_split(self) -> bool:
+        """Whether other processes have other parts of it; a copy is as good as a plain tensor."""
+        return self.shard is not None and bool(self.shard.over)
+
+    @property
     def whole(self) -> tuple[int, ...]:
         """Shape of the parameter, on all processes together."""
         return self.shape if self.shard is None else self.shard.whole
@@ -190,8 +195,11 @@ class TensorSpec:
 
     @property
     def swapped(self) -> bool:
-        """Whether lines are the columns of the view: they are contiguous, and its rows are not."""
-        if self.view is None or self.view.permutation is None:
+        """Whether lines are the columns of the view: they are contiguous, and its rows are not.
+
+        Never where the rows are on several processes: these have to know what is weighted by row.
+        """
+        if self.view is None or self.view.permutation is None or self.rows_over:
             return False
         row, col = (self.param_strides[d] for d in self.view.permutation[-2:])
         return row == 1 and col != 1 and self.view.rows * self.view.cols > TINY_ELEMENTS

@@ -205,10 +205,10 @@ def counted() -> Iterator[list[int]]:
     calls: list[int] = []
     original, rank = sharding._all_reduce, torch.distributed.get_rank()
 
-    def count(tensors: Any, *args: Any) -> None:
+    def count(flat: torch.Tensor, group: Any) -> Any:
         if torch.distributed.get_rank() == rank:
-            calls.append(sum(tensor.numel() for tensor in tensors))
-        original(tensors, *args)
+            calls.append(flat.numel())
+        return original(flat, group)
 
     with mock.patch.object(sharding, "_all_reduce", count):
         yield calls
