@@ -179,7 +179,7 @@ void write_factors(const Tensor& t, const Matrix<M>& m, Lines lines) {
   const int64_t n = lines.end - lines.begin;
   convert_to(m.line + (lines.begin - m.first), t.line_var, t.moment_dtype, lines.begin, 1, n);
   if (lines.begin != m.first) return;
-  convert_to(m.cross, t.cross_var, t.moment_dtype, m.first / t.rows * t.cols, 1, t.cols);
+  convert_to(m.cross, t.cross_var, t.moment_dtype, m.number * t.cols, 1, t.cols);
 }
 
 template <class M>
@@ -207,7 +207,8 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   const double ratio = r.clip_threshold < 0 ? 1.0 : t.update_rms / r.clip_threshold;
   const double clip = ratio < 1.0 ? 1.0 : ratio;  // so written that NaN stays
   if (t.form == kFactored) {
-    apply_matrix(t, r, Sums<M>(t, scratch).matrix(t, lines.begin / t.rows), lines, clip, buffers);
+    const Matrix<M> m = Sums<M>(t, scratch).matrix(t, matrix_of(t, slab));
+    t.numel == 0 ? write_factors(t, m, lines) : apply_matrix(t, r, m, lines, clip, buffers);
   } else if (t.form == kSmall) {
     LineSums<M> ignored{};
     for_each_small(t, r, lines, ignored, buffers, false, [&](const Matrix<M>& m, double) {

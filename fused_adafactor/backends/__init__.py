@@ -25,6 +25,8 @@ REQUESTS = ("auto", *NAMES)
 _MISSING = {"cuda": "the CUDA backend is not part of this version"}
 # Those that need more than torch, best first.
 _NATIVE = ("triton", "cpp")
+# Those of them that step parts of parameters that are split over processes.
+_STEP_PARTS = ("cpp",)
 
 
 class Executor(Protocol):
@@ -97,13 +99,13 @@ def availability() -> dict[str, str | None]:
     return {**dict.fromkeys(NAMES), **_MISSING, **{n: _native(n).missing() for n in _NATIVE}}
 
 
-def choose(request: str, device: torch.device, distributed: bool = False) -> Facts:
+def choose(request: str, device: torch.device, split: bool = False) -> Facts:
     """Choose the backend for tensors on a device.
 
     Args:
         request: From ``parse_request``. A named backend is used or refused, never replaced.
         device: Where the tensors are.
-        distributed: Whether they are parts of distributed ones.
+        split: Whether other processes have other parts of them.
 
     Raises:
         RuntimeError: The named backend cannot run, or native code was asked for by one of its
@@ -113,8 +115,7 @@ def choose(request: str, device: torch.device, distributed: bool = False) -> Fac
     for name in _NATIVE:
         if reasons[name] is None and not _native(name).steps_on(device):
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
-    if distributed:
-        for name in _NATIVE:
+        elif reasons[name] is None and split and name not in _STEP_PARTS:
             reasons[name] = f"the {name} backend does not step distributed tensors in this version"
     if request == "auto":
         return _choose_auto(device, reasons)

@@ -147,7 +147,7 @@ def _share(b: _Work, phases: Sequence[Phase]) -> None:
         mine = getattr(partials, name)
         if name == "update_sq" and partials.col_weighted is not None:
             # What followed from sums over all rows is that of all rows: one process says it.
-            mine = mine * b.planned.spec.has_first_row
+            mine = mine if b.planned.spec.has_first_row else torch.zeros_like(mine)
         total.copy_(mine)
         setattr(partials, name, total)
 
