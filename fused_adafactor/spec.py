@@ -304,9 +304,16 @@ def _view_of(
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: the tensor, unless it is distributed (a DTensor)."""
+    """What this process has of a tensor: the tensor, unless it is distributed (a DTensor).
+
+    A gradient that a collective is still bringing is waited for: it has no memory before.
+    """
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else cast(Tensor, to_local())
+    if to_local is None:
+        return tensor
+    part = to_local()
+    wait = getattr(part, "wait", None)  # of torch's AsyncCollectiveTensor
+    return cast(Tensor, part if wait is None else wait())
 
 
 def has_memory(tensor: Tensor) -> bool:
