@@ -7,9 +7,9 @@ them take part in the same all-reduces, in the same order, with as many numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed
@@ -80,7 +80,7 @@ def described(
             of which there are no parts; see ``shard_of``.
         ValueError: Also where the parameter has lost its shape; see ``check_shape``.
     """
-    check_shape(id, param)
+    check_shape(id, param, rule)
     shard, part = shard_of(id, param), local_of(param)
     refuse_blocks(id, shard, param, rule)
     if param.grad is None:
@@ -104,21 +104,63 @@ def refuse_blocks(id: TensorId, shard: Shard | None, param: Tensor, rule: Rule) 
         )
 
 
-def check_shape(id: TensorId, param: Tensor) -> None:
-    """Refuse a parameter whose shape is not what it means.
+_OR_UNFACTORED = "; or flat_parameters='unfactored', which keeps a second moment for each element"
+
+
+def check_shape(id: TensorId, param: Tensor, rule: Rule) -> None:
+    """Refuse a parameter whose shape is not what it means, unless its rule takes such.
 
     Raises:
         ValueError: It was flattened to be distributed.
     """
+    if rule.takes_flat:
+        return
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
             f"{id} is part of a flat parameter of FSDP1, which has lost the shapes that Adafactor "
-            "factors by. Use fully_shard (FSDP2) or DistributedDataParallel"
+            f"factors by. Use fully_shard (FSDP2) or DistributedDataParallel{_OR_UNFACTORED}"
         )
-    if hasattr(param, "ds_shape"):
+    # Of the parameters of a model, and of the partitions that the optimizer gets for them.
+    if hasattr(param, "ds_shape") or hasattr(param, "ds_id"):
         raise ValueError(
             f"{id} is a parameter of DeepSpeed's ZeRO-3, which keeps its parts flat and without "
             "the shapes that Adafactor factors by. Use fully_shard (FSDP2), or ZeRO stage 0"
+            f"{_OR_UNFACTORED}"
+        )
+
+
+class Given(NamedTuple):
+    """What a param group was made of.
+
+    Attributes:
+        ids: Of its parameters, as ``id`` has them.
+        had_matrices: Whether any of them has rows and columns.
+    """
+
+    ids: frozenset[int]
+    had_matrices: bool
+
+    @classmethod
+    def of(cls, params: Iterable[Tensor]) -> Given:
+        """Note parameters."""
+        members = list(params)
+        return cls(frozenset(map(id, members)), any(param.dim() > 1 for param in members))
+
+
+def check_members(number: int, params: Sequence[Tensor], given: Given, rule: Rule) -> None:
+    """Refuse a param group whose matrices have been replaced by one vector.
+
+    DeepSpeed's ZeRO-1 and ZeRO-2 do so, and do not mark the vector.
+
+    Raises:
+        ValueError: That has been done, and its rule does not take such.
+    """
+    replaced = len(params) == 1 and params[0].dim() == 1 and id(params[0]) not in given.ids
+    if replaced and given.had_matrices and not rule.takes_flat:
+        raise ValueError(
+            f"the matrices of param group {number} have been replaced by one vector of "
+            f"{params[0].numel()} elements, as DeepSpeed's ZeRO does it, so Adafactor has nothing "
+            f"to factor. Use fully_shard (FSDP2), or ZeRO stage 0{_OR_UNFACTORED}"
         )
 
 
