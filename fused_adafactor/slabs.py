@@ -126,7 +126,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeParameter:
     """The parameter that a tensor is a part of, or is itself; lines are those of its geometry.
 
     Attributes:
@@ -197,19 +197,19 @@ def geometry_of(spec: TensorSpec, cut: Cut) -> Geometry:
     )
 
 
-def whole_of(spec: TensorSpec, geometry: Geometry) -> Whole:
+def whole_of(spec: TensorSpec, geometry: Geometry) -> WholeParameter:
     """Where a tensor is in its parameter."""
     offset = (0,) * len(spec.shape) if spec.shard is None else spec.shard.offset
     elements = zip(offset, _row_major(spec.whole), strict=True)
     first_element = sum(first * stride for first, stride in elements)
     if spec.view is None or spec.view.permutation is None:
         rows, cols = geometry.rows, geometry.cols
-        return Whole(rows, cols, 0, 0, first_element, ((geometry.batch, 1),), 0)
+        return WholeParameter(rows, cols, 0, 0, first_element, ((geometry.batch, 1),), 0)
     *stacked, row, col = spec.view.permutation
     if geometry.swapped:
         row, col = col, row
     strides = _row_major(tuple(spec.whole[d] for d in stacked))
-    return Whole(
+    return WholeParameter(
         rows=spec.whole[row],
         cols=spec.whole[col],
         first_row=offset[row],

@@ -59,46 +59,106 @@ inline double decay_of(const Tensor& t, const Rule& r) {
   return 1.0 - r.decay_coefficient * (r.decay_factor == kDecayAlpha ? t.alpha : r.decay_factor == kDecayLr ? r.lr : 1.0);
 }
 
-// Whether apply_line or apply_vector does all that the rule asks for.
-inline bool applies_plainly(const Tensor& t, const Rule& r) {
-  return reads_plainly(t, r) && r.momentum == kNoMomentum && !r.amsgrad && t.compensation == nullptr &&
-         t.average == nullptr;
+// Whether apply_line can write all that a tensor owns but its second moments, and random bits come in its order.
+inline bool writes_plainly(const Tensor& t, const Rule& r) {
+  const bool draws = rounds_stochastically(t, r);
+  const int last = t.ndim - 1;
+  return lies_plainly(t) && !r.overwrite_with_average && (!draws || t.logical[last] == 1);
 }
 
+// Whether apply_line does the whole of it for a matrix, and apply_vector for an unfactored tensor.
+inline bool applies_plainly(const Tensor& t, const Rule& r) {
+  if (!writes_plainly(t, r) || r.amsgrad || t.form == kTiny) return false;
+  if (t.exp_avg_scale != nullptr && !one_line_at_a_time(t)) return false;
+  const bool bare = r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr;
+  return t.form != kUnfactored || (bare && reads_plainly(t, r));
+}
+
+inline ApplyRule apply_rule(const Tensor& t, const Rule& r, double clip) {
+  ApplyRule rule{};
+  rule.grad = grad_rule(t, r);
+  rule.moment = moment_rule(r);
+  rule.site = MomentumSite(r.momentum);
+  rule.alpha = float(t.alpha);
+  rule.by_clip = 1.0f / float(clip);
+  rule.step = rule.alpha * rule.by_clip;
+  rule.decay = float(decay_of(t, r));
+  rule.average_momentum = float(r.average_momentum);
+  rule.average_rest = float(1.0 - r.average_momentum);
+  return rule;
+}
+
+template <class P>
+Written<P> written_at(const Tensor& t, int64_t k) {
+  Written<P> to{};
+  if (t.compensation == nullptr && t.average == nullptr && t.accumulator == nullptr) return to;
+  const int64_t offset = offset_of(t, t.state_strides, k);
+  if (t.compensation != nullptr) to.compensation = static_cast<P*>(t.compensation) + offset;
+  if (t.average != nullptr) to.average = static_cast<float*>(t.average) + offset;
+  if (t.accumulator != nullptr) to.accumulator = static_cast<float*>(t.accumulator) + offset;
+  return to;
+}
+
+// Calls f(k, n, random bits or null) for elements k .. k + n: all of them at once, or chunk by chunk where there are
+// random bits to be had, or a mirror to be written from the core's cache.
+template <class F>
+void for_each_part(const Tensor& t, const Rule& r, int64_t k, int64_t n, F f) {
+  const bool draws = rounds_stochastically(t, r), mirrors_at_random = mirrors_stochastically(t, r);
+  if (!draws && t.mirror == nullptr) return f(k, n, static_cast<const uint16_t*>(nullptr));
+  RandomBits bits;
+  for (int64_t i = k; i < k + n; i += kChunk) {
+    const int64_t part = least(kChunk, k + n - i);
+    const uint64_t element = uint64_t(t.whole.first_element + offset_of(t, t.logical, i));
+    f(i, part, draws ? bits.of(t, r, kParamStream, element, part) : nullptr);
+    if (t.mirror != nullptr) write_mirror(t, r, i, part, mirrors_at_random);
+  }
+}
+
+// A run of elements, all that is written of them; `delta` as in Written.
+template <class P, class G>
+void apply_run(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, const G* grad, const Roots& roots,
+               const float* delta, int64_t k, int64_t n) {
+  const bool all = r.momentum != kNoMomentum || t.compensation != nullptr || t.average != nullptr ||
+                   rounds_stochastically(t, r) || delta != nullptr;
+  for_each_part(t, r, k, n, [&](int64_t first, int64_t part, const uint16_t* random) {
+    const Line<P, G> line = line_at(t, param, grad, first, r.momentum != kNoMomentum && delta == nullptr);
+    const Roots of_part{roots.factor + (first - k), roots.of_line, roots.most};
+    Written<P> to = written_at<P>(t, first);
+    to.random = random;
+    if (delta != nullptr) to.delta = delta + (first - k);
+    by_extras(all ? kAllExtras : extras_of(t, r),
+              [&](auto extras) { apply_line<extras.value>(rule, line, to, of_part, part); });
+  });
+}
+
+// A line whose first moment is in blocks.
+template <class P, class G>
+void apply_blocks(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, const G* grad, const Roots& roots,
+                  int64_t line) {
+  float delta[kChunk];
+  for (int64_t j = 0; j < t.cols; j += kChunk) {
+    const int64_t k = line * t.cols + j, n = least(kChunk, t.cols - j);
+    const Roots here{roots.factor + j, roots.of_line, roots.most};
+    deltas_of_blocks(rule, line_at(t, param, grad, k, false), blocks_at(t, line, j), here, n, delta);
+    apply_run(t, r, rule, param, grad, here, delta, k, n);
+  }
+}
 
 inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, double clip) {
-  const float most = most_root<float>(r), scale = scale_of_grad(t), decay = float(decay_of(t, r));
-  const float step = float(t.alpha) * (1.0f / float(clip));
-  const bool stochastic = rounds_stochastically(t, r), mirrors = mirrors_stochastically(t, r);
-  float value[kChunk], root[kChunk];
+  const ApplyRule rule = apply_rule(t, r, clip);
+  const float most = most_root<float>(r);
+  float root[kChunk];
   by_dtypes(t, [&](auto* param, auto* grad) {
-    // Elements k .. k + n with the factors that belong to them.
-    const auto apply_run = [&](int64_t k, int64_t n, const float* factor, float of_line) {
-      auto* p = param + offset_of(t, t.strides, k);
-      const auto* g = grad + (p - param);
-      if (!stochastic && t.mirror == nullptr) return apply_line(p, p, g, factor, of_line, most, scale, decay, step, n);
-      for (int64_t j = 0; j < n; j += kChunk) {
-        const int64_t part = least(kChunk, n - j);
-        const auto apply_to = [&](auto* to) {
-          apply_line(to, p + j, g + j, factor + j, of_line, most, scale, decay, step, part);
-        };
-        if (stochastic) {
-          apply_to(value);
-          write_stochastic(t, r, t.strides, value, t.param, k + j, part);
-        } else {
-          apply_to(p + j);
-        }
-        if (t.mirror != nullptr) write_mirror(t, r, k + j, part, mirrors);
-      }
-    };
     if (one_line_at_a_time(t)) {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
-        apply_run(line * t.cols, t.cols, m.factor, m.line_factor(line));
+        const Roots roots{m.factor, m.line_factor(line), most};
+        t.exp_avg_scale != nullptr ? apply_blocks(t, r, rule, param, grad, roots, line)
+                                   : apply_run(t, r, rule, param, grad, roots, nullptr, line * t.cols, t.cols);
       }
     } else {
       for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
         factored_roots(t, m, line, column, n, root);
-        apply_run(line * t.cols + column, n, root, 1.0f);
+        apply_run(t, r, rule, param, grad, Roots{root, 1.0f, most}, nullptr, line * t.cols + column, n);
       });
     }
   });
@@ -107,25 +167,11 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
 inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, double clip) {
   const float decay = float(decay_of(t, r)), step = float(t.alpha) * (1.0f / float(clip));
   const VectorRule rule = vector_rule(t, r);
-  const bool stochastic = rounds_stochastically(t, r), mirrors = mirrors_stochastically(t, r);
-  float value[kChunk];
   by_dtypes(t, [&](auto* param, auto* grad) {
-    const auto apply_to = [&](auto* to, int64_t k, int64_t n) {
-      apply_vector(to, param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, n);
-    };
-    if (!stochastic && t.mirror == nullptr) {
-      return apply_to(param + elements.begin, elements.begin, elements.end - elements.begin);
-    }
-    for (int64_t k = elements.begin; k < elements.end; k += kChunk) {
-      const int64_t n = least(kChunk, elements.end - k);
-      if (stochastic) {
-        apply_to(value, k, n);
-        write_stochastic(t, r, t.strides, value, t.param, k, n);
-      } else {
-        apply_to(param + k, k, n);
-      }
-      if (t.mirror != nullptr) write_mirror(t, r, k, n, mirrors);
-    }
+    const int64_t begin = elements.begin;
+    for_each_part(t, r, begin, elements.end - begin, [&](int64_t k, int64_t n, const uint16_t* random) {
+      apply_vector(param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, random, n);
+    });
   });
 }
 
@@ -148,16 +194,6 @@ void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line
     const M scale = alpha * by_clip;
     for (int64_t i = 0; i < n; ++i) delta[i] = scale * u.value[i];
   }
-  const M decay = M(decay_of(t, r));
-  const M* param = read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]);
-  M* value = c.buffer[9];
-  if (t.compensation != nullptr) {
-    const M* lost = read(t, t.state_strides, t.compensation, t.param_dtype, k, n, c.buffer[10]);
-    for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i] + lost[i], -delta[i]);
-  } else {
-    for (int64_t i = 0; i < n; i += kLanes) ask_for(param + i, kAheadOfChunk);
-    for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i], -delta[i]);
-  }
   if (t.exp_avg_scale != nullptr) {
     write_blocks(t, k, n, exp_avg, c.buffer[10]);
   } else if (t.exp_avg != nullptr) {
@@ -165,9 +201,24 @@ void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line
   }
   if (r.amsgrad) write(t, t.state_strides, u.var_max, t.var_max, t.moment_dtype, k, n);
   if (t.form == kUnfactored) write(t, t.state_strides, u.var, t.var, t.moment_dtype, k, n);
+  if constexpr (sizeof(M) == sizeof(float)) {
+    if (writes_plainly(t, r)) {
+      const ApplyRule rule = apply_rule(t, r, clip);
+      return by_dtypes(t, [&](auto* p, auto* g) { apply_run(t, r, rule, p, g, Roots{}, delta, k, n); });
+    }
+  }
   if (t.accumulator != nullptr) {
     zero(c.buffer[10], n);
     write(t, t.state_strides, c.buffer[10], t.accumulator, t.math_dtype, k, n);
+  }
+  const M decay = M(decay_of(t, r));
+  const M* param = read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]);
+  M* value = c.buffer[9];
+  if (t.compensation != nullptr) {
+    const M* lost = read(t, t.state_strides, t.compensation, t.param_dtype, k, n, c.buffer[10]);
+    for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i] + lost[i], -delta[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) value[i] = fused(decay, param[i], -delta[i]);
   }
   write_param(t, r, value, k, n, c.buffer[10], c.buffer[11]);
   if (t.average != nullptr) average_chunk(t, r, k, n, c);
@@ -224,19 +275,43 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   }
 }
 
+// accumulated += scale g of elements begin .. end.
+inline void accumulate_plainly(const Tensor& t, int64_t begin, int64_t end) {
+  const float scale = float(t.grad_scale);
+  by_dtypes(t, [&](auto*, auto* all) {
+    for (int64_t k = begin; k < end;) {
+      const Run from = run_at(t, t.strides, k), to = run_at(t, t.state_strides, k);
+      const int64_t n = least(least(from.count, to.count), end - k);
+      const auto* grad = all + from.offset;
+      float* accumulated = static_cast<float*>(t.accumulator) + to.offset;
+      for_each_vector(0, n, [&](int64_t j, auto lanes) {
+        ask_for(grad + j, kAheadOfLine);
+        ask_for(accumulated + j, kAheadOfLine);
+        store(accumulated + j, load(accumulated + j, lanes) + load(grad + j, lanes) * scale, lanes);
+      });
+      k += n;
+    }
+  });
+}
+
 template <class M>
 void accumulate_in(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& buffers) {
-  if (t.skip) return;
+  if (t.skip || t.numel == 0) return;
   Chunk<M> c(buffers);
   const Lines lines = lines_of(t, slab);
   const M scale = M(t.grad_scale);
-  const int64_t end = least(lines.end * t.cols, t.numel);
-  for (int64_t k = lines.begin * t.cols; k < end; k += kChunk) {
+  const int64_t begin = lines.begin * t.cols, end = least(lines.end * t.cols, t.numel);
+  const bool plain = lies_plainly(t);
+  if (plain) accumulate_plainly(t, begin, end);
+  if (plain && t.average == nullptr) return;
+  for (int64_t k = begin; k < end; k += kChunk) {
     const int64_t n = least(kChunk, end - k);
-    const M* grad = read(t, t.strides, t.grad, t.grad_dtype, k, n, c.buffer[0]);
-    const M* old = read(t, t.state_strides, t.accumulator, t.math_dtype, k, n, c.buffer[1]);
-    for (int64_t i = 0; i < n; ++i) c.buffer[2][i] = old[i] + grad[i] * scale;
-    write(t, t.state_strides, c.buffer[2], t.accumulator, t.math_dtype, k, n);
+    if (!plain) {
+      const M* grad = read(t, t.strides, t.grad, t.grad_dtype, k, n, c.buffer[0]);
+      const M* old = read(t, t.state_strides, t.accumulator, t.math_dtype, k, n, c.buffer[1]);
+      for (int64_t i = 0; i < n; ++i) c.buffer[2][i] = old[i] + grad[i] * scale;
+      write(t, t.state_strides, c.buffer[2], t.accumulator, t.math_dtype, k, n);
+    }
     if (t.average != nullptr) average_chunk(t, r, k, n, c);
   }
 }

@@ -4,7 +4,7 @@
 #ifndef FUSED_ADAFACTOR_CPU_BLOCKS_H
 #define FUSED_ADAFACTOR_CPU_BLOCKS_H
 
-#include "memory.h"
+#include "vector.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -47,6 +47,14 @@ void for_each_block(const Tensor& t, int64_t k, int64_t n, F f) {
   }
 }
 
+// From the bits of the largest magnitude.
+template <class M>
+uint32_t scale_of_largest(typename BitsOf<M>::Integer largest) {
+  if (largest >= BitsOf<M>::kInfinite) return kPoisoned;
+  const auto scale = (largest >> BitsOf<M>::kExponent) - BitsOf<M>::kOffset;
+  return uint32_t(scale < 0 ? 0 : scale > 254 ? 254 : scale);
+}
+
 template <class M>
 uint32_t scale_of_block(const M* value, int64_t count) {
   typedef typename BitsOf<M>::Integer Integer;
@@ -57,9 +65,7 @@ uint32_t scale_of_block(const M* value, int64_t count) {
     bits &= BitsOf<M>::kMagnitude;  // ordered as the magnitudes are, with infinity and then NaN above them
     largest = bits > largest ? bits : largest;
   }
-  if (largest >= BitsOf<M>::kInfinite) return kPoisoned;
-  const Integer scale = (largest >> BitsOf<M>::kExponent) - BitsOf<M>::kOffset;
-  return uint32_t(scale < 0 ? 0 : scale > 254 ? 254 : scale);
+  return scale_of_largest<M>(largest);
 }
 
 // x as a whole number of units, which are 64ths of the power of two that the scale stands for; 0 in a poisoned block.
@@ -109,6 +115,106 @@ void write_blocks(const Tensor& t, int64_t k, int64_t n, const M* value, M* unit
     to_units(value + i, count, scale, units + i);
   });
   write(t, t.state_strides, units, t.exp_avg, kBlocks, k, n);
+}
+
+// The same of one block in registers.
+
+constexpr int kVectorsOfBlock = int(kBlock / kLanes);
+
+// The part of a block that vector `i` has.
+inline Whole lanes_of_block(Whole, int) { return {}; }
+inline Part lanes_of_block(Part block, int i) {
+  const int64_t rest = block.count - i * kLanes;
+  return {rest < 0 ? 0 : rest > kLanes ? kLanes : rest};
+}
+
+typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+
+inline Bytes load_bytes(const int8_t* from, Whole) {
+  Bytes bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return bytes;
+}
+inline void store_bytes(int8_t* to, Bytes bytes, Whole) { memcpy(to, &bytes, sizeof bytes); }
+inline Bytes load_bytes(const int8_t* from, Part part) {
+  Bytes bytes{};
+  for (int64_t i = 0; i < part.count; ++i) bytes[i] = from[i];
+  return bytes;
+}
+inline void store_bytes(int8_t* to, Bytes bytes, Part part) {
+  for (int64_t i = 0; i < part.count; ++i) to[i] = bytes[i];
+}
+
+inline Floats to_floats(Bytes bytes) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(bytes))));
+#elif defined(__AVX2__)
+  __m128i all{};
+  memcpy(&all, &bytes, sizeof bytes);
+  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)));
+#else
+  Floats value;
+  for (int64_t i = 0; i < kLanes; ++i) value[i] = float(bytes[i]);
+  return value;
+#endif
+}
+
+// Of whole numbers.
+inline Bytes to_bytes(Floats value) {
+#if defined(__AVX512F__)
+  return Bytes(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(__m512(value))));
+#else
+  Bytes bytes;
+  for (int64_t i = 0; i < kLanes; ++i) bytes[i] = int8_t(int32_t(value[i]));
+  return bytes;
+#endif
+}
+
+inline int32_t largest_of(Flags value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(__m512i(value));
+#else
+  int32_t largest = value[0];
+  for (int64_t i = 1; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+  return largest;
+#endif
+}
+
+// A block as it is stored.
+template <class Lanes>
+FA_INLINE void read_block(const int8_t* units, uint32_t scale, Lanes lanes, Floats (&x)[kVectorsOfBlock]) {
+  const float power = power_of_two(scale);
+  for (int i = 0; i < kVectorsOfBlock; ++i) {
+    x[i] = to_floats(load_bytes(units + i * kLanes, lanes_of_block(lanes, i))) * (1.0f / 64) * power;
+  }
+}
+
+// A block as it can be stored, in x and, unless that is null, in `units`; returns its scale. Where there are no lanes, x
+// must be 0.
+template <class Lanes>
+FA_INLINE uint8_t round_block(int8_t* units, Lanes lanes, Floats (&x)[kVectorsOfBlock]) {
+  Flags largest{};
+  for (int i = 0; i < kVectorsOfBlock; ++i) {
+    const Flags bits = Flags(x[i]) & BitsOf<float>::kMagnitude;
+    largest = bits > largest ? bits : largest;
+  }
+  const uint32_t scale = scale_of_largest<float>(largest_of(largest));
+  const float inverse = power_of_two(254u - scale), power = power_of_two(scale);
+  for (int i = 0; i < kVectorsOfBlock; ++i) {
+    const Floats whole = clipped(x[i] * inverse * 64.0f, 127.0f) + BitsOf<float>::kWhole - BitsOf<float>::kWhole;
+    const Floats rounded = scale == kPoisoned ? Floats{} : whole;
+    if (units != nullptr) store_bytes(units + i * kLanes, to_bytes(rounded), lanes_of_block(lanes, i));
+    x[i] = rounded * (1.0f / 64) * power;
+  }
+  return uint8_t(scale);
+}
+
+// Calls f(begin, lanes) for the blocks of n elements.
+template <class F>
+void for_each_block_of_line(int64_t n, F f) {
+  int64_t begin = 0;
+  for (; begin + kBlock <= n; begin += kBlock) f(begin, Whole{});
+  if (begin < n) f(begin, Part{n - begin});
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace fused_adafactor {
 
 // Memory of one thread: lines of a tensor in the math dtype, and chunks on their way through the formulas.
 struct ThreadBuffers {
-  void* lines;   // a block of lines, where they have to be converted
+  void* lines;   // of lines that have to be converted, or the numerators of a block of lines
   void* chunks;  // kChunkBuffers chunks
   void* matrix;  // the sums of a small matrix
   void* whole;   // the sums of a tensor that one item deals with alone

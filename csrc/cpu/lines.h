@@ -10,18 +10,48 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// Whether gradient and parameter can be read where they are, with nothing to do but to scale g.
-inline bool reads_plainly(const Tensor& t, const Rule& r) {
+// Whether elements of the math dtype or of bfloat16, one after the other along each line, are all that is read.
+inline bool lies_plainly(const Tensor& t) {
   const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
                             (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
-  const bool plain_lines = t.strides[t.ndim - 1] == 1 && t.sizes[t.ndim - 1] % t.cols == 0;
+  const int last = t.ndim - 1;
+  const bool plain_lines = t.strides[last] == 1 && t.state_strides[last] == 1 && t.sizes[last] % t.cols == 0;
   const bool one_run = t.ndim == 1 && t.strides[0] == 1 && t.state_strides[0] == 1;
-  return t.math_dtype == kFloat32 && plain_dtypes && t.accumulator == nullptr && r.clip_value < 0 &&
-         r.momentum != kMomentumGrad && t.form != kTiny &&
-         (t.form == kUnfactored ? one_run && t.moment_dtype == kFloat32 && !r.amsgrad : plain_lines);
+  const bool of_lines = t.form == kFactored || t.form == kSmall;
+  return t.math_dtype == kFloat32 && plain_dtypes && (of_lines ? plain_lines : one_run);
 }
 
-// Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that reads_plainly.
+// What reading the gradient, or what is divided in its place, takes beside scaling it.
+inline Extras extras_of(const Tensor& t, const Rule& r) {
+  if (t.accumulator != nullptr || r.momentum == kMomentumGrad) return kAllExtras;
+  return r.clip_value < 0 ? kNoExtras : kClips;
+}
+
+// Calls f with something that knows the extras when it is compiled.
+template <Extras kKnown>
+struct KnownExtras {
+  static constexpr Extras value = kKnown;
+};
+
+template <class F>
+auto by_extras(Extras extras, F f) {
+  switch (extras) {
+    case kNoExtras:
+      return f(KnownExtras<kNoExtras>{});
+    case kClips:
+      return f(KnownExtras<kClips>{});
+    default:
+      return f(KnownExtras<kAllExtras>{});
+  }
+}
+
+// Whether the plain loops can read what the sums are taken over.
+inline bool reads_plainly(const Tensor& t, const Rule& r) {
+  if (t.form == kTiny || !lies_plainly(t)) return false;
+  return t.form != kUnfactored || (extras_of(t, r) == kNoExtras && t.moment_dtype == kFloat32 && !r.amsgrad);
+}
+
+// Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that lies_plainly.
 template <class F>
 auto by_dtypes(const Tensor& t, F f) {
   float* p = static_cast<float*>(t.param);
@@ -32,11 +62,51 @@ auto by_dtypes(const Tensor& t, F f) {
   return t.grad_dtype == kFloat32 ? f(half_p, g) : f(half_p, half_g);
 }
 
-inline float scale_of_grad(const Tensor& t) { return float(t.grad_scale * t.grad_factor); }
+inline GradRule grad_rule(const Tensor& t, const Rule& r) {
+  // Where nothing comes between the two, the scale has the factor in it.
+  const bool apart = extras_of(t, r) != kNoExtras;
+  return {float(apart ? t.grad_scale : t.grad_scale * t.grad_factor), apart ? float(t.grad_factor) : 1.0f,
+          r.clip_value < 0 ? INFINITY : float(r.clip_value), float(r.accumulation_steps)};
+}
+
+inline MomentRule moment_rule(const Rule& r) {
+  return {float(r.beta1), float(1.0 - r.beta1), float(r.numerator_scale)};
+}
+
+// Elements from number k on. `param` and `grad` are where the tensor's begin.
+template <class P, class G>
+Line<P, G> line_at(const Tensor& t, P* param, const G* grad, int64_t k, bool with_moment) {
+  const int64_t offset = offset_of(t, t.strides, k);
+  Line<P, G> line{param + offset, grad + offset, nullptr, {nullptr, t.exp_avg_dtype == kBfloat16}, nullptr};
+  if (t.accumulator == nullptr && !with_moment) return line;
+  const int64_t kept = offset_of(t, t.state_strides, k);
+  if (t.accumulator != nullptr) line.accumulated = static_cast<const float*>(t.accumulator) + kept;
+  if (with_moment) line.exp_avg.at = static_cast<char*>(t.exp_avg) + kept * (line.exp_avg.half ? 2 : 4);
+  return line;
+}
+
+// Of a line, from a column on where a block begins.
+inline Blocks blocks_at(const Tensor& t, int64_t line, int64_t column) {
+  const int64_t of_line = (t.cols + kBlock - 1) / kBlock;
+  return {static_cast<int8_t*>(t.exp_avg) + offset_of(t, t.state_strides, line * t.cols + column),
+          t.exp_avg_scale + line * of_line + column / kBlock};
+}
+
+// A whole line, whose numerators are in `buffer` where its average is in blocks.
+template <class P, class G>
+Line<P, G> line_of(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t number, float* buffer) {
+  const bool averaged = r.momentum == kMomentumGrad, in_blocks = averaged && t.exp_avg_scale != nullptr;
+  Line<P, G> line = line_at(t, param, grad, number * t.cols, averaged && !in_blocks);
+  if (in_blocks) {
+    numerators_of_blocks(grad_rule(t, r), moment_rule(r), line, blocks_at(t, number, 0), t.cols, buffer);
+    line.numerator = buffer;
+  }
+  return line;
+}
 
 inline VectorRule vector_rule(const Tensor& t, const Rule& r) {
   const float added = r.eps1_rule == kEps1Add ? float(r.eps1) : 0.0f;
-  return {scale_of_grad(t), float(r.beta2), float(1.0 - r.beta2), added, most_root<float>(r)};
+  return {grad_rule(t, r).scale, float(r.beta2), float(1.0 - r.beta2), added, most_root<float>(r)};
 }
 
 // Elements of a slab of a tensor that is one run.
@@ -94,47 +164,41 @@ void set_lines(const Tensor& t, const Rule& r, const LineSums<M>& s, int64_t lin
 }
 
 // Where a line begins, asking ahead in the one before it was of no use.
-template <int L, class T>
-void ask_for_heads(const T* const* lines) {
-  for (int l = 0; l < L; ++l) {
-    for (int64_t i = 0; i < kAheadOfBlock; i += 64) ask_for(lines[l], i);
-  }
+template <class T>
+void ask_for_head(const T* line) {
+  for (int64_t i = 0; i < kAheadOfBlock; i += 64) ask_for(line, i);
 }
 
-template <int L, bool WithParam, class P, class G>
-void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t line, LineSums<float>& s,
-                     float* of_line) {
-  const G* g[L];
-  const P* p[L];
-  const G* next[L];
+template <int L, Extras kExtras, bool kWithParam, class P, class G>
+void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t number, LineSums<float>& s,
+                     float* of_line, float* buffer) {
+  Line<P, G> lines[L];
   float inverse[L];
+  const GradRule rule = grad_rule(t, r);
   for (int l = 0; l < L; ++l) {
-    const int64_t offset = offset_of(t, t.strides, (line + l) * t.cols);
-    g[l] = grad + offset;
-    p[l] = param + offset;
+    lines[l] = line_of(t, r, param, grad, number + l, buffer + l * t.cols);
+    if (kWithParam) ask_for_head(lines[l].param);
   }
-  const float scale = scale_of_grad(t);
-  if (WithParam) ask_for_heads<L>(p);
-  square_lines<L>(g, scale, t.cols, of_line);
-  for (int l = 0; l < L; ++l) s.grad_sq += double(of_line[l]);
-  set_lines(t, r, s, line, L, of_line, inverse);
-  for (int l = 0; l < L; ++l) next[l] = g[l] + L * t.cols;
-  ask_for_heads<L>(next);
-  s.param_sq += add_lines<L, WithParam>(g, p, inverse, scale, t.cols, s.across, s.weighted);
+  s.grad_sq += square_lines<L, kExtras>(lines, rule, t.cols, of_line);
+  set_lines(t, r, s, number, L, of_line, inverse);
+  for (int l = 0; l < L; ++l) ask_for_head(lines[l].grad + L * t.cols);
+  s.param_sq += add_lines<L, kExtras, kWithParam>(lines, inverse, rule, moment_rule(r), t.cols, s.across,
+                                                s.raw ? nullptr : s.weighted);
 }
 
-template <bool WithParam, class P, class G>
-void add_plain_lines(const Tensor& t, const Rule& r, P* param, const G* grad, Lines lines, LineSums<float>& s) {
+template <Extras kExtras, bool kWithParam, class P, class G>
+void add_plain_lines(const Tensor& t, const Rule& r, P* param, const G* grad, Lines lines, LineSums<float>& s,
+                     float* buffer) {
   const int64_t together = block_lines(t);
   int64_t line = lines.begin;
   for (; together == kBlockLines && line + kBlockLines <= lines.end; line += kBlockLines) {
-    add_plain_block<kBlockLines, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+    add_plain_block<kBlockLines, kExtras, kWithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin), buffer);
   }
   for (; together >= 2 && line + 2 <= lines.end; line += 2) {
-    add_plain_block<2, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+    add_plain_block<2, kExtras, kWithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin), buffer);
   }
   for (; line < lines.end; ++line) {
-    add_plain_block<1, WithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin));
+    add_plain_block<1, kExtras, kWithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin), buffer);
   }
 }
 
@@ -226,8 +290,11 @@ void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, T
   if constexpr (sizeof(M) == sizeof(float)) {
     if (reads_plainly(t, r)) {
       by_dtypes(t, [&](auto* param, auto* grad) {
-        s.with_param ? add_plain_lines<true>(t, r, param, grad, lines, s)
-                     : add_plain_lines<false>(t, r, param, grad, lines, s);
+        by_extras(extras_of(t, r), [&](auto extras) {
+          float* buffer = static_cast<float*>(buffers.lines);
+          s.with_param ? add_plain_lines<extras.value, true>(t, r, param, grad, lines, s, buffer)
+                       : add_plain_lines<extras.value, false>(t, r, param, grad, lines, s, buffer);
+        });
       });
       return;
     }

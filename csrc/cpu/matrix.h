@@ -131,6 +131,41 @@ bool is_measured(const Rule& r, const Matrix<M>& m, int64_t line) {
          m.line_factor(line) * *m.largest > most_root<M>(r);
 }
 
+// Of L lines, which reads_plainly.
+template <int L, class P, class G>
+double measure_plain_block(const Tensor& t, const Rule& r, const Matrix<float>& m, P* param, const G* grad,
+                           const int64_t* numbers, bool corrects, float* buffer) {
+  Line<P, G> lines[L];
+  float of_line[L];
+  for (int l = 0; l < L; ++l) {
+    lines[l] = line_of(t, r, param, grad, numbers[l], buffer + l * t.cols);
+    of_line[l] = m.line_factor(numbers[l]);
+    ask_for_head(lines[l].grad);
+  }
+  const float most = most_root<float>(r);
+  return by_extras(extras_of(t, r), [&](auto extras) {
+    const auto measured = corrects ? measure_lines<L, extras.value, true, P, G> : measure_lines<L, extras.value, false, P, G>;
+    return measured(lines, of_line, m.factor, most, grad_rule(t, r), moment_rule(r), t.cols);
+  });
+}
+
+inline double measure_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, bool corrects,
+                                  float* buffer) {
+  double sum = 0;
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    int64_t numbers[kBlockLines];
+    int count = 0;
+    for (int64_t number = lines.begin; number < lines.end; ++number) {
+      if (is_measured(r, m, number)) numbers[count++] = number;
+      if (count < kBlockLines) continue;
+      sum += measure_plain_block<kBlockLines>(t, r, m, param, grad, numbers, corrects, buffer);
+      count = 0;
+    }
+    for (int i = 0; i < count; ++i) sum += measure_plain_block<1>(t, r, m, param, grad, numbers + i, corrects, buffer);
+  });
+  return sum;
+}
+
 // Σ u² of those lines that have to be measured, less what the identity has counted for them.
 template <class M>
 double measure_lines(const Tensor& t, const Rule& r, const Matrix<M>& m, Lines lines, ThreadBuffers& buffers) {
@@ -139,15 +174,7 @@ double measure_lines(const Tensor& t, const Rule& r, const Matrix<M>& m, Lines l
   double sum = 0;
   if constexpr (sizeof(M) == sizeof(float)) {
     if (reads_plainly(t, r) && !r.amsgrad) {
-      by_dtypes(t, [&](auto*, auto* grad) {
-        for (int64_t line = lines.begin; line < lines.end; ++line) {
-          if (!is_measured(r, m, line)) continue;
-          const int64_t offset = offset_of(t, t.strides, line * t.cols);
-          sum += measure_line(grad + offset, m.factor, m.line_factor(line), most_root<float>(r), scale_of_grad(t),
-                              t.cols, corrects);
-        }
-      });
-      return sum;
+      return measure_plain_lines(t, r, m, lines, corrects, static_cast<float*>(buffers.lines));
     }
   }
   Chunk<M> c(buffers);

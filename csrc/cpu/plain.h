@@ -2,11 +2,14 @@
 //
 // A core reads memory at its full rate only where it reads at several places at once, so lines are read a block at a
 // time; the parameter is read while the columns of the block are added, which come from the core's cache.
+//
+// A loop is compiled for what a rule asks for beside scaling the gradient: nothing, clipping by value, or anything. In
+// the last of them a switch costs little, as it is the same for every vector.
 
 #ifndef FUSED_ADAFACTOR_CPU_PLAIN_H
 #define FUSED_ADAFACTOR_CPU_PLAIN_H
 
-#include "vector.h"
+#include "blocks.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -18,179 +21,341 @@ constexpr int64_t kFlush = 2048;  // columns after which the lanes of a sum are 
 // but stops at the end of a page.
 constexpr int64_t kAheadOfBlock = 512, kAheadOfLine = 2048;  // bytes
 
-// sum[l] = Σ g² of L lines.
-template <int L, class G>
-void square_lines(const G* const* grad, float scale, int64_t n, float* sum) {
-  double total[L] = {};
-  for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = least(n, begin + kFlush);
-    Floats lanes[L] = {};
-    int64_t j = begin;
-    for (; j + kLanes <= end; j += kLanes) {
-      for (int l = 0; l < L; ++l) {
-        ask_for(grad[l] + j, kAheadOfBlock);
-        const Floats g = load(grad[l] + j) * scale;
-        lanes[l] += g * g;
-      }
-    }
-    for (int l = 0; l < L; ++l) {
-      float rest = 0;
-      for (int64_t i = j; i < end; ++i) {
-        const float g = load_element(grad[l] + i) * scale;
-        rest += g * g;
-      }
-      total[l] += double(sum_of(lanes[l]) + rest);
-    }
+enum Extras { kNoExtras, kClips, kAllExtras };
+
+// What a raw gradient becomes: g = factor clip((scale raw + accumulated) / steps).
+struct GradRule {
+  float scale, factor, limit, steps;
+};
+
+// The first moment, beta1 m + rest x, and what it is multiplied by where it is divided by the root of v.
+struct MomentRule {
+  float beta1, rest, numerator_scale;
+
+  FA_INLINE Floats next(Floats old, Floats x) const { return fused(Floats{} + rest, x, old * beta1); }
+};
+
+// Memory of a first moment, float32 or bfloat16; null where there is none.
+struct Moment {
+  void* at;
+  bool half;
+
+  template <class Lanes>
+  FA_INLINE Floats read(int64_t j, Lanes lanes) const {
+    return half ? load(static_cast<const uint16_t*>(at) + j, lanes) : load(static_cast<const float*>(at) + j, lanes);
   }
-  for (int l = 0; l < L; ++l) sum[l] = float(total[l]);
+  // What is used is what is stored.
+  FA_INLINE Floats next(const MomentRule& r, Floats old, Floats x) const {
+    const Floats value = r.next(old, x);
+    return half ? from_bfloat16(to_bfloat16(value)) : value;
+  }
+  template <class Lanes>
+  FA_INLINE void write(int64_t j, Floats value, Lanes lanes) const {
+    half ? store(static_cast<uint16_t*>(at) + j, value, lanes) : store(static_cast<float*>(at) + j, value, lanes);
+  }
+  void ask(int64_t j, int64_t ahead) const { ask_for(static_cast<const char*>(at) + j * (half ? 2 : 4), ahead); }
+};
+
+// One line, or another run of elements: where its numbers lie.
+template <class P, class G>
+struct Line {
+  P* param;
+  const G* grad;
+  const float* accumulated;  // null where nothing is
+  Moment exp_avg;            // null where it is not looked at
+  const float* numerator;    // null where it is not known yet
+};
+
+// Where the first moment of some elements lies that is in blocks.
+struct Blocks {
+  int8_t* units;
+  uint8_t* scales;
+};
+
+// g; the square of what is not clipped yet is added to `unclipped_sq`.
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Floats grad_of(const GradRule& r, const Line<P, G>& line, int64_t j, Lanes lanes,
+                         Floats* unclipped_sq = nullptr) {
+  Floats g = load(line.grad + j, lanes) * r.scale;
+  if (kExtras == kNoExtras) return g;
+  if (kExtras == kAllExtras && line.accumulated != nullptr) g = (g + load(line.accumulated + j, lanes)) / r.steps;
+  if (unclipped_sq != nullptr) *unclipped_sq += g * g;
+  g = clipped(g, r.limit);
+  return kExtras == kAllExtras ? g * r.factor : g;
 }
 
-// across += Σ g², weighted += Σ g² / line over L lines; returns Σ p² of them, if that is wanted.
-template <int L, bool WithParam, class P, class G>
-double add_lines(const G* const* grad, const P* const* param, const float* inverse, float scale, int64_t n,
-                 float* across, float* weighted) {
+// num: g, or its average where momentum is on the gradient.
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Floats numerator_of(const MomentRule& r, const Line<P, G>& line, Floats g, int64_t j, Lanes lanes) {
+  if constexpr (kExtras == kAllExtras) {
+    if (line.numerator != nullptr) return load(line.numerator + j, lanes);
+    const Moment& m = line.exp_avg;
+    if (m.at != nullptr) return m.next(r, m.read(j, lanes), g) * r.numerator_scale;
+  }
+  return g;
+}
+
+// The same of n elements of a line, from the beginning of a block on, whose average is in blocks.
+template <class P, class G>
+void numerators_of_blocks(GradRule r, MomentRule moment, Line<P, G> line, Blocks blocks, int64_t n, float* num) {
+  for_each_block_of_line(n, [&](int64_t begin, auto lanes) {
+    Floats m[kVectorsOfBlock];
+    read_block(blocks.units + begin, blocks.scales[begin / kBlock], lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      const auto here = lanes_of_block(lanes, i);
+      m[i] = kept(moment.next(m[i], grad_of<kAllExtras>(r, line, begin + i * kLanes, here)), here);
+    }
+    round_block(nullptr, lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      store(num + begin + i * kLanes, m[i] * moment.numerator_scale, lanes_of_block(lanes, i));
+    }
+  });
+}
+
+// sum[l] = Σ g² of L lines; returns that of all of them before they are clipped.
+template <int L, Extras kExtras, class P, class G>
+double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) {
+  double total[L] = {}, unclipped = 0;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    Floats squares[L] = {}, unclipped_sq{};
+    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes) {
+      for (int l = 0; l < L; ++l) {
+        ask_for(lines[l].grad + j, kAheadOfBlock);
+        const Floats g = grad_of<kExtras>(r, lines[l], j, lanes, &unclipped_sq);
+        squares[l] += g * g;
+      }
+    });
+    for (int l = 0; l < L; ++l) total[l] += double(sum_of(squares[l]));
+    if (kExtras != kNoExtras) unclipped += double(sum_of(unclipped_sq));
+  }
+  for (int l = 0; l < L; ++l) {
+    sum[l] = float(total[l]);
+    if (kExtras == kNoExtras) unclipped += double(sum[l]);
+  }
+  return unclipped;
+}
+
+// across += Σ g², weighted += Σ num² / line over L lines, unless that is null; returns Σ p² of them, if that is wanted.
+template <int L, Extras kExtras, bool kWithParam, class P, class G>
+double add_lines(const Line<P, G>* lines, const float* inverse, GradRule r, MomentRule moment, int64_t n, float* across,
+                 float* weighted) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = least(n, begin + kFlush);
-    Floats lanes[2] = {};
-    int64_t j = begin;
-    for (; j + kLanes <= end; j += kLanes) {
+    Floats param_sq[2] = {};
+    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto count) {
       Floats a{}, w{};
       for (int l = 0; l < L; ++l) {
-        const Floats g = load(grad[l] + j) * scale;
+        const Floats g = grad_of<kExtras>(r, lines[l], j, count), x = numerator_of<kExtras>(moment, lines[l], g, j, count);
         const Floats square = g * g;
         a += square;
-        w += square * inverse[l];
-        if (WithParam) {
-          ask_for(param[l] + j, kAheadOfBlock);
-          const Floats p = load(param[l] + j);
-          lanes[l % 2] += p * p;
-        }
+        if (weighted != nullptr) w += (kExtras == kAllExtras ? x * x : square) * inverse[l];
+        if (!kWithParam) continue;
+        ask_for(lines[l].param + j, kAheadOfBlock);
+        const Floats p = load(lines[l].param + j, count);
+        param_sq[l % 2] += p * p;
       }
-      store(across + j, load(across + j) + a);
-      store(weighted + j, load(weighted + j) + w);
-    }
-    float rest = 0;
-    for (; j < end; ++j) {
-      for (int l = 0; l < L; ++l) {
-        const float g = load_element(grad[l] + j) * scale;
-        across[j] += g * g;
-        weighted[j] += g * g * inverse[l];
-        if (WithParam) rest += load_element(param[l] + j) * load_element(param[l] + j);
-      }
-    }
-    total += double(sum_of(lanes[0] + lanes[1]) + rest);
+      store(across + j, load(across + j, count) + a, count);
+      if (weighted != nullptr) store(weighted + j, load(weighted + j, count) + w, count);
+    });
+    total += double(sum_of(param_sq[0] + param_sq[1]));
   }
   return total;
 }
 
-// Σ u² of a line under the clamp; where it corrects, less what the identity has counted for it.
-template <class G>
-double measure_line(const G* grad, const float* factor, float of_line, float most, float scale, int64_t n,
-                    bool corrects) {
+// Σ u² of L lines under the clamp; where it corrects, less what the identity has counted for it.
+template <int L, Extras kExtras, bool kCorrects, class P, class G>
+double measure_lines(const Line<P, G>* lines, const float* of_line, const float* factor, float most, GradRule r,
+                     MomentRule moment, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = least(n, begin + kFlush);
-    Floats kept{}, counted{};
-    int64_t j = begin;
-    for (; j + kLanes <= end; j += kLanes) {
-      const Floats g = load(grad + j) * scale, root = load(factor + j) * of_line;
-      const Floats u = g * least(root, most);
-      kept += u * u;
-      // An infinite factor is that of an all-zero column, which the identity leaves out.
-      const Floats without_clamp = g * (root > 3e38f ? Floats{} : root);
-      counted += without_clamp * without_clamp;
-    }
-    float rest = 0;
-    for (; j < end; ++j) {
-      const float g = load_element(grad + j) * scale, root = factor[j] * of_line;
-      const float u = g * (root > most ? most : root), without_clamp = g * (root > 3e38f ? 0.0f : root);
-      rest += corrects ? u * u - without_clamp * without_clamp : u * u;
-    }
-    total += double(sum_of(kept) - (corrects ? sum_of(counted) : 0.0f) + rest);
+    Floats measured[L] = {}, counted[L] = {};
+    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto count) {
+      const Floats across = load(factor + j, count);
+      for (int l = 0; l < L; ++l) {
+        ask_for(lines[l].grad + j, kAheadOfBlock);
+        const Floats g = grad_of<kExtras>(r, lines[l], j, count), x = numerator_of<kExtras>(moment, lines[l], g, j, count);
+        const Floats root = across * of_line[l], u = x * least(root, most);
+        measured[l] += kept(u * u, count);
+        if (!kCorrects) continue;
+        // An infinite factor is that of an all-zero column, which the identity leaves out.
+        const Floats without_clamp = x * (root > 3e38f ? Floats{} : root);
+        counted[l] += kept(without_clamp * without_clamp, count);
+      }
+    });
+    for (int l = 0; l < L; ++l) total += double(sum_of(measured[l]) - sum_of(counted[l]));
   }
   return total;
 }
 
-// to = decay p - step u, u = g / sqrt(v); `to` may be where p is.
-template <class T, class P, class G>
-void apply_line(T* to, const P* param, const G* grad, const float* factor, float of_line, float most, float scale,
-                float decay, float step, int64_t n) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    ask_for(grad + j, kAheadOfLine);
-    ask_for(param + j, kAheadOfLine);
-    const Floats u = (load(grad + j) * scale) * least(load(factor + j) * of_line, most);
-    store(to + j, fused(load(param + j), Floats{} + decay, -(u * step)));
+// 1 / sqrt(v) of the elements of a line: `of_line` times the factor of each, and at most so much.
+struct Roots {
+  const float* factor;
+  float of_line, most;
+};
+
+// Where what apply writes beside the parameter lies; null where there is none of a kind.
+template <class P>
+struct Written {
+  P* compensation;
+  float* average;
+  float* accumulator;
+  const uint16_t* random;  // bits to round with
+  const float* delta;      // what is subtracted from the parameter, if that is known already
+};
+
+// The numbers of the second sweep.
+struct ApplyRule {
+  GradRule grad;
+  MomentRule moment;
+  MomentumSite site;
+  float decay, step;  // to = decay p - step u
+  float by_clip, alpha;  // step is their product
+  float average_momentum, average_rest;
+};
+
+// What has been stored.
+template <class Lanes>
+FA_INLINE Floats store_rounded(float* to, Floats value, const uint16_t*, int64_t j, Lanes lanes) {
+  store(to + j, value, lanes);
+  return value;
+}
+
+template <class Lanes>
+FA_INLINE Floats store_rounded(uint16_t* to, Floats value, const uint16_t* random, int64_t j, Lanes lanes) {
+  const Halves rounded =
+      random == nullptr ? to_bfloat16(value) : to_bfloat16_stochastic(value, load_halves(random + j, lanes));
+  store_halves(to + j, rounded, lanes);
+  return from_bfloat16(rounded);
+}
+
+// What enters the first moment: the gradient, the update, or the step.
+FA_INLINE Floats averaged_of(const ApplyRule& r, Floats g, Floats root) {
+  if (r.site == kMomentumGrad) return g;
+  return g * root * (r.site == kMomentumStep ? r.step : r.by_clip);
+}
+
+// What is subtracted from the parameter, by the new first moment.
+FA_INLINE Floats delta_by(const ApplyRule& r, Floats exp_avg, Floats root) {
+  if (r.site == kMomentumGrad) return exp_avg * r.moment.numerator_scale * root * r.step;
+  return r.site == kMomentumStep ? exp_avg : exp_avg * r.alpha;
+}
+
+template <class Lanes>
+FA_INLINE Floats root_of(const Roots& roots, int64_t j, Lanes lanes) {
+  return least(load(roots.factor + j, lanes) * roots.of_line, roots.most);
+}
+
+// What is subtracted from the parameter; the new first moment is stored on the way.
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Floats delta_of(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t j, Lanes lanes) {
+  const Floats g = grad_of<kExtras>(r.grad, line, j, lanes), root = root_of(roots, j, lanes);
+  if constexpr (kExtras == kAllExtras) {
+    const Moment& m = line.exp_avg;
+    if (m.at != nullptr) {
+      m.ask(j, kAheadOfLine);
+      const Floats next = m.next(r.moment, m.read(j, lanes), averaged_of(r, g, root));
+      m.write(j, next, lanes);
+      return delta_by(r, next, root);
+    }
   }
-  for (; j < n; ++j) {
-    const float root = factor[j] * of_line;
-    const float u = (load_element(grad + j) * scale) * (root > most ? most : root);
-    store_element(to + j, fused(load_element(param + j), decay, -(u * step)));
-  }
+  return g * root * r.step;
+}
+
+// The same of n elements of a line, from the beginning of a block on, whose first moment is in blocks.
+template <class P, class G>
+void deltas_of_blocks(ApplyRule r, Line<P, G> line, Blocks blocks, Roots roots, int64_t n, float* delta) {
+  for_each_block_of_line(n, [&](int64_t begin, auto lanes) {
+    Floats root[kVectorsOfBlock], m[kVectorsOfBlock];
+    ask_for(blocks.units + begin, kAheadOfLine);
+    read_block(blocks.units + begin, blocks.scales[begin / kBlock], lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      const int64_t j = begin + i * kLanes;
+      const auto here = lanes_of_block(lanes, i);
+      ask_for(line.grad + j, kAheadOfLine);
+      root[i] = root_of(roots, j, here);
+      m[i] = kept(r.moment.next(m[i], averaged_of(r, grad_of<kAllExtras>(r.grad, line, j, here), root[i])), here);
+    }
+    blocks.scales[begin / kBlock] = round_block(blocks.units + begin, lanes, m);
+    for (int i = 0; i < kVectorsOfBlock; ++i) {
+      store(delta + begin + i * kLanes, delta_by(r, m[i], root[i]), lanes_of_block(lanes, i));
+    }
+  });
+}
+
+// p = decay p - delta for a run of elements, with all that is stored beside it.
+template <Extras kExtras, class P, class G>
+void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, int64_t n) {
+  for_each_vector(0, n, [&](int64_t j, auto lanes) {
+    ask_for(line.grad + j, kAheadOfLine);
+    ask_for(line.param + j, kAheadOfLine);
+    const bool known = kExtras == kAllExtras && to.delta != nullptr;
+    const Floats delta = known ? load(to.delta + j, lanes) : delta_of<kExtras>(r, line, roots, j, lanes);
+    Floats p = load(line.param + j, lanes);
+    if constexpr (kExtras != kAllExtras) {
+      store(line.param + j, fused(p, Floats{} + r.decay, -delta), lanes);
+    } else {
+      if (to.compensation != nullptr) p += load(to.compensation + j, lanes);
+      const Floats value = fused(p, Floats{} + r.decay, -delta);
+      const Floats stored = store_rounded(line.param, value, to.random, j, lanes);
+      if (to.compensation != nullptr) {
+        ask_for(to.compensation + j, kAheadOfLine);
+        store(to.compensation + j, stored - stored == 0.0f ? value - stored : Floats{}, lanes);
+      }
+      if (to.accumulator != nullptr) store(to.accumulator + j, Floats{}, lanes);
+      if (to.average != nullptr) {
+        ask_for(to.average + j, kAheadOfLine);
+        const Floats old = load(to.average + j, lanes);
+        store(to.average + j, fused(Floats{} + r.average_momentum, old, stored * r.average_rest), lanes);
+      }
+    }
+  });
 }
 
 // The numbers that the loops over an unfactored tensor need.
 struct VectorRule {
   float scale, beta2, rest, added, most;
 
-  template <class V>
-  V var(V old, V g) const {
-    return fused(V{} + rest, fused(g, g, V{} + added), old * beta2);  // new_moment of formulas.h
+  Floats var(Floats old, Floats g) const {
+    return fused(Floats{} + rest, fused(g, g, Floats{} + added), old * beta2);  // new_moment of formulas.h
   }
 };
 
 // Adds Σ g², Σ p² if that is wanted, and Σ u².
-template <bool WithParam, class P, class G>
+template <bool kWithParam, class P, class G>
 void sum_vector(const P* param, const G* grad, const float* var, const VectorRule& r, int64_t n, double* sums) {
   for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = least(n, begin + kFlush);
     Floats grad_sq{}, param_sq{}, update_sq{};
-    float rest[3] = {};
-    int64_t j = begin;
-    for (; j + kLanes <= end; j += kLanes) {
+    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes) {
       ask_for(grad + j, kAheadOfLine);
       ask_for(var + j, kAheadOfLine);
-      const Floats g = load(grad + j) * r.scale;
-      const Floats u = g * least(inverse_root(r.var(load(var + j), g)), r.most);
+      const Floats g = load(grad + j, lanes) * r.scale;
+      const Floats u = g * least(inverse_root(r.var(load(var + j, lanes), g)), r.most);
       grad_sq += g * g;
-      update_sq += u * u;
-      if (!WithParam) continue;
+      update_sq += kept(u * u, lanes);
+      if (!kWithParam) return;
       ask_for(param + j, kAheadOfLine);
-      const Floats p = load(param + j);
+      const Floats p = load(param + j, lanes);
       param_sq += p * p;
-    }
-    for (; j < end; ++j) {
-      const float g = load_element(grad + j) * r.scale, p = WithParam ? load_element(param + j) : 0.0f;
-      const float root = 1.0f / std::sqrt(r.var(var[j], g)), u = g * (root > r.most ? r.most : root);
-      rest[0] += g * g;
-      rest[1] += p * p;
-      rest[2] += u * u;
-    }
-    sums[0] += double(sum_of(grad_sq) + rest[0]);
-    sums[1] += double(sum_of(param_sq) + rest[1]);
-    sums[2] += double(sum_of(update_sq) + rest[2]);
+    });
+    sums[0] += double(sum_of(grad_sq));
+    sums[1] += double(sum_of(param_sq));
+    sums[2] += double(sum_of(update_sq));
   }
 }
 
-// to = decay p - step u, and the new second moments.
-template <class T, class P, class G>
-void apply_vector(T* to, const P* param, const G* grad, float* var, const VectorRule& r, float decay, float step,
-                  int64_t n) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
+// p = decay p - step u, and the new second moments.
+template <class P, class G>
+void apply_vector(P* param, const G* grad, float* var, const VectorRule& r, float decay, float step,
+                  const uint16_t* random, int64_t n) {
+  for_each_vector(0, n, [&](int64_t j, auto lanes) {
     ask_for(grad + j, kAheadOfLine);
     ask_for(param + j, kAheadOfLine);
     ask_for(var + j, kAheadOfLine);
-    const Floats g = load(grad + j) * r.scale, v = r.var(load(var + j), g);
-    store(var + j, v);
-    store(to + j, fused(load(param + j), Floats{} + decay, -(g * least(inverse_root(v), r.most) * step)));
-  }
-  for (; j < n; ++j) {
-    const float g = load_element(grad + j) * r.scale, v = r.var(var[j], g), root = 1.0f / std::sqrt(v);
-    var[j] = v;
-    store_element(to + j, fused(load_element(param + j), decay, -(g * (root > r.most ? r.most : root) * step)));
-  }
+    const Floats g = load(grad + j, lanes) * r.scale, v = r.var(load(var + j, lanes), g);
+    store(var + j, v, lanes);
+    const Floats p = load(param + j, lanes), u = g * least(inverse_root(v), r.most);
+    store_rounded(param, fused(p, Floats{} + decay, -(u * step)), random, j, lanes);
+  });
 }
 
 }  // namespace

@@ -25,14 +25,41 @@ inline Longs multiply_halves(Longs a, Longs b) {
 #endif
 }
 
-// Philox-4x32-10 of consecutive blocks, side by side: a block's words 0 and 1, then 2 and 3. Its key is the seed, its
-// counter (block and stream, parameter, step). What is above the low half of a counter's number is of no account.
+// a0 b0 a1 b1 ... of the first halves of two vectors, and of their second halves.
+inline Longs first_halves(Longs a, Longs b) {
+#if defined(__AVX512F__)
+  return Longs(_mm512_permutex2var_epi64(__m512i(a), _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), __m512i(b)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b)), high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
+  return Longs(_mm256_permute2x128_si256(low, high, 0x20));
+#else
+  return Longs{a[0], b[0]};
+#endif
+}
+
+inline Longs second_halves(Longs a, Longs b) {
+#if defined(__AVX512F__)
+  return Longs(_mm512_permutex2var_epi64(__m512i(a), _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), __m512i(b)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b)), high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
+  return Longs(_mm256_permute2x128_si256(low, high, 0x31));
+#else
+  return Longs{a[1], b[1]};
+#endif
+}
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
+
+// Philox-4x32-10 of consecutive blocks, side by side: eight numbers of 16 bits each. Its key is the seed, its counter
+// (block and stream, parameter, step). What is above the low half of a counter's number is of no account.
 inline void rounding_blocks(const Tensor& t, const Rule& r, Stream stream, uint64_t block, int64_t count,
-                            uint64_t* words) {
+                            uint16_t* halves) {
+  Longs numbers{};
+  for (int64_t i = 0; i < kBlocksTogether; ++i) numbers[i] = uint64_t(i);
   const Longs multiplier0 = Longs{} + kPhiloxMultiplier0, multiplier1 = Longs{} + kPhiloxMultiplier1;
   for (int64_t first = 0; first < count; first += kBlocksTogether) {
-    Longs c0{}, c2 = Longs{} + uint32_t(t.param_index), c3 = Longs{} + uint32_t(r.step);
-    for (int64_t i = 0; i < kBlocksTogether; ++i) c0[i] = block + uint64_t(first + i);
+    Longs c0 = numbers + (block + uint64_t(first));
+    Longs c2 = Longs{} + uint32_t(t.param_index), c3 = Longs{} + uint32_t(r.step);
     Longs c1 = (c0 >> 32) | (uint64_t(stream) << kStreamShift);
     uint32_t k0 = uint32_t(r.seed), k1 = uint32_t(r.seed >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -45,27 +72,21 @@ inline void rounding_blocks(const Tensor& t, const Rule& r, Stream stream, uint6
       k1 += kPhiloxKeyStep1;
     }
     const Longs low = (c0 & 0xFFFFFFFFu) | (c1 << 32), high = (c2 & 0xFFFFFFFFu) | (c3 << 32);
-    for (int64_t i = 0; i < kBlocksTogether; ++i) {
-      words[2 * (first + i)] = low[i];
-      words[2 * (first + i) + 1] = high[i];
-    }
+    store(halves + 8 * first, first_halves(low, high));
+    store(halves + 8 * first + 4 * kBlocksTogether, second_halves(low, high));
   }
 }
-
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
 
 // The random bits of some elements in a row; count <= kChunk.
 class RandomBits {
  public:
   const uint16_t* of(const Tensor& t, const Rule& r, Stream stream, uint64_t element, int64_t count) {
     const uint64_t block = element >> 3, blocks = ((element + uint64_t(count) - 1) >> 3) - block + 1;
-    rounding_blocks(t, r, stream, block, int64_t(blocks), words_);
-    memcpy(halves_, words_, 16 * blocks);
+    rounding_blocks(t, r, stream, block, int64_t(blocks), halves_);
     return halves_ + (element & 7);
   }
 
  private:
-  uint64_t words_[2 * kBlocksOfChunk];
   uint16_t halves_[8 * kBlocksOfChunk];
 };
 
@@ -73,7 +94,7 @@ inline Stream stream_of_lines(const Tensor& t) { return t.swapped ? kColVarStrea
 inline Stream stream_across(const Tensor& t) { return t.swapped ? kRowVarStream : kColVarStream; }
 
 // Number in the whole parameter of a matrix of this part of it.
-inline int64_t whole_matrix(const Whole& whole, int64_t number) {
+inline int64_t whole_matrix(const WholeParameter& whole, int64_t number) {
   int64_t found = whole.first_matrix;
   for (int d = whole.stack_ndim - 1; d >= 0; --d) {
     found += number % whole.stack_sizes[d] * whole.stack_strides[d];

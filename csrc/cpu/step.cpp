@@ -66,7 +66,9 @@ struct Needs {
     const int64_t size = t.math_dtype == kFloat64 ? 8 : 4;
     // As Matrix and Sums in sums.h, rounded up.
     const int64_t matrix_bytes = 2 * kCacheLine + size * (t.rows + 2 * t.cols);
-    if (t.form == kFactored || t.form == kSmall) lines = std::max(lines, 2 * t.cols * size);
+    if (t.form == kFactored || t.form == kSmall) {
+      lines = std::max(lines, (t.exp_avg_scale == nullptr ? 2 : kBlockLines) * t.cols * size);
+    }
     if (t.form == kSmall) matrix = std::max(matrix, matrix_bytes);
     if (!as_whole) return;
     const int64_t kept = t.form == kFactored ? t.batch * matrix_bytes + 2 * t.slabs * t.cols * size : 0;

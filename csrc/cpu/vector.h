@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// For what is done to one vector: a call would put all others into memory and back.
+#define FA_INLINE inline __attribute__((always_inline))
+
 namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
@@ -69,13 +72,17 @@ inline Halves narrowed(Words words) {
 #endif
 }
 
+using fused_adafactor::from_bfloat16;
+using fused_adafactor::to_bfloat16;
+using fused_adafactor::to_bfloat16_stochastic;
+
+inline Floats from_bfloat16(Halves halves) { return Floats(widened(halves) << 16); }
+
 inline Floats load(const uint16_t* bfloat16) {
   Halves halves;
   memcpy(&halves, bfloat16, sizeof halves);
-  return Floats(widened(halves) << 16);
+  return from_bfloat16(halves);
 }
-
-using fused_adafactor::to_bfloat16;
 
 inline Halves to_bfloat16(Floats value) {
 #if defined(__AVX512BF16__)
@@ -93,6 +100,14 @@ inline Halves to_bfloat16(Floats value) {
   return narrowed((nan & 0x7FC0u) | (~nan & rounded));
 }
 
+inline Halves to_bfloat16_stochastic(Floats value, Halves random16) {
+  const Words bits = Words(value), magnitude = bits & 0x7FFFFFFFu;
+  const Words rounded = (bits + widened(random16)) >> 16;
+  const Words kept = (bits >> 16) | (Words(magnitude > 0x7F800000u) & 0x40u);
+  const Words exact = Words(magnitude >= 0x7F800000u);
+  return narrowed((exact & kept) | (~exact & rounded));
+}
+
 inline void store(uint16_t* to, Floats value) {
   const Halves halves = to_bfloat16(value);
   memcpy(to, &halves, sizeof halves);
@@ -103,6 +118,76 @@ inline float load_element(const float* from) { return *from; }
 inline float load_element(const uint16_t* bfloat16) { return from_bfloat16(*bfloat16); }
 inline void store_element(float* to, float value) { *to = value; }
 inline void store_element(uint16_t* to, float value) { *to = to_bfloat16(value); }
+
+// A whole vector, or the first lanes of one, which is what is left over at the end of a row. What is not there is read
+// as 0, and not written.
+struct Whole {
+  static constexpr int64_t count = kLanes;
+};
+struct Part {
+  int64_t count;
+};
+
+// Calls f(j, lanes) for the elements from `begin` to `end`, a vector at a time.
+template <class F>
+void for_each_vector(int64_t begin, int64_t end, F f) {
+  int64_t j = begin;
+  for (; j + kLanes <= end; j += kLanes) f(j, Whole{});
+  if (j < end) f(j, Part{end - j});
+}
+
+template <class T>
+Floats load(const T* from, Whole) {
+  return load(from);
+}
+template <class T>
+void store(T* to, Floats value, Whole) {
+  store(to, value);
+}
+inline Halves load_halves(const uint16_t* from, Whole) {
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return halves;
+}
+inline void store_halves(uint16_t* to, Halves halves, Whole) { memcpy(to, &halves, sizeof halves); }
+// Without what was never read: not 0 any more, where it has been divided by 0.
+inline Floats kept(Floats value, Whole) { return value; }
+
+#if defined(__AVX512F__)
+inline __mmask16 mask_of(Part part) { return __mmask16((1u << part.count) - 1u); }
+inline Floats load(const float* from, Part part) { return Floats(_mm512_maskz_loadu_ps(mask_of(part), from)); }
+inline void store(float* to, Floats value, Part part) { _mm512_mask_storeu_ps(to, mask_of(part), __m512(value)); }
+inline Halves load_halves(const uint16_t* from, Part part) {
+  return Halves(_mm256_maskz_loadu_epi16(mask_of(part), from));
+}
+inline void store_halves(uint16_t* to, Halves halves, Part part) {
+  _mm256_mask_storeu_epi16(to, mask_of(part), __m256i(halves));
+}
+inline Floats kept(Floats value, Part part) { return Floats(_mm512_maskz_mov_ps(mask_of(part), __m512(value))); }
+#else
+inline Floats load(const float* from, Part part) {
+  Floats value{};
+  for (int64_t i = 0; i < part.count; ++i) value[i] = from[i];
+  return value;
+}
+inline void store(float* to, Floats value, Part part) {
+  for (int64_t i = 0; i < part.count; ++i) to[i] = value[i];
+}
+inline Halves load_halves(const uint16_t* from, Part part) {
+  Halves halves{};
+  for (int64_t i = 0; i < part.count; ++i) halves[i] = from[i];
+  return halves;
+}
+inline void store_halves(uint16_t* to, Halves halves, Part part) {
+  for (int64_t i = 0; i < part.count; ++i) to[i] = halves[i];
+}
+inline Floats kept(Floats value, Part part) {
+  for (int64_t i = part.count; i < kLanes; ++i) value[i] = 0.0f;
+  return value;
+}
+#endif
+inline Floats load(const uint16_t* bfloat16, Part part) { return from_bfloat16(load_halves(bfloat16, part)); }
+inline void store(uint16_t* to, Floats value, Part part) { store_halves(to, to_bfloat16(value), part); }
 
 typedef int32_t Flags __attribute__((vector_size(kVectorBytes)));  // -1 where a comparison holds
 
@@ -192,7 +277,27 @@ double total_of(const M* x, int64_t n) {
   return total;
 }
 
-inline Floats least(Floats a, float most) { return a > most ? Floats{} + most : a; }
+// At most so much, and between -limit and limit. NaN stays: the machine's minimum is its second argument then.
+inline Floats least(Floats a, float most) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_min_ps(__m512(Floats{} + most), __m512(a)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_min_ps(__m256(Floats{} + most), __m256(a)));
+#else
+  return a > most ? Floats{} + most : a;
+#endif
+}
+
+inline Floats clipped(Floats a, float limit) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_max_ps(__m512(Floats{} - limit), __m512(least(a, limit))));
+#elif defined(__AVX2__)
+  return Floats(_mm256_max_ps(__m256(Floats{} - limit), __m256(least(a, limit))));
+#else
+  a = least(a, limit);
+  return a < -limit ? Floats{} - limit : a;
+#endif
+}
 
 // 1 / sqrt(x).
 inline Vector<double> inverse_root(Vector<double> x) {

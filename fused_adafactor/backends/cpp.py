@@ -86,7 +86,7 @@ class _PartialSums(ctypes.Structure):
     ]
 
 
-class _Whole(ctypes.Structure):
+class _WholeParameter(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("numel", "rows", "cols", "first_row", "first_col")),
         ("first_element", ctypes.c_int64),
@@ -114,7 +114,7 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
         *((name, ctypes.c_int64) for name in ("scratch", "after")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
-        ("whole", _Whole),
+        ("whole", _WholeParameter),
         ("partial", _PartialSums),
         *((name, ctypes.c_int32) for name in ("says_update_sq", "pad_sums")),
         *((name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")),

@@ -81,7 +81,7 @@ struct PartialSums {
 };
 
 // The parameter that a tensor is a part of, or is itself. Lines are those of the tensor.
-struct Whole {
+struct WholeParameter {
   int64_t numel, rows, cols;
   int64_t first_row, first_col;      // of the part in each matrix
   int64_t first_element;             // its index, added to what `logical` makes of an element of the part
@@ -131,7 +131,7 @@ struct Tensor {
   int64_t scratch;            // offset of its sums in the scratch, in bytes
   int64_t after;              // number of the tensor whose scratch it takes over once that is applied, or -1
   int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
-  Whole whole;
+  WholeParameter whole;
   PartialSums partial;
   int32_t says_update_sq, pad_sums;  // what follows from sums over all rows is said by one process
   // Written by the library.
