@@ -99,18 +99,22 @@ Written<P> written_at(const Tensor& t, int64_t k) {
   return to;
 }
 
-// Calls f(k, n, random bits or null) for elements k .. k + n: all of them at once, or chunk by chunk where there are
-// random bits to be had, or a mirror to be written from the core's cache.
+// Of the element k and those that follow it.
+inline Draws draws_at(const Tensor& t, const Rule& r, int64_t k) {
+  if (!rounds_stochastically(t, r)) return {};
+  return {true, random_key(t, r, kParamStream), uint64_t(t.whole.first_element + offset_of(t, t.logical, k))};
+}
+
+// Calls f(k, n) for elements k .. k + n: all of them at once, or chunk by chunk where there is a mirror to be written
+// from the core's cache.
 template <class F>
 void for_each_part(const Tensor& t, const Rule& r, int64_t k, int64_t n, F f) {
-  const bool draws = rounds_stochastically(t, r), mirrors_at_random = mirrors_stochastically(t, r);
-  if (!draws && t.mirror == nullptr) return f(k, n, static_cast<const uint16_t*>(nullptr));
-  RandomBits bits;
+  if (t.mirror == nullptr) return f(k, n);
+  const bool mirrors_at_random = mirrors_stochastically(t, r);
   for (int64_t i = k; i < k + n; i += kChunk) {
     const int64_t part = least(kChunk, k + n - i);
-    const uint64_t element = uint64_t(t.whole.first_element + offset_of(t, t.logical, i));
-    f(i, part, draws ? bits.of(t, r, kParamStream, element, part) : nullptr);
-    if (t.mirror != nullptr) write_mirror(t, r, i, part, mirrors_at_random);
+    f(i, part);
+    write_mirror(t, r, i, part, mirrors_at_random);
   }
 }
 
@@ -120,14 +124,13 @@ void apply_run(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, 
                const float* delta, int64_t k, int64_t n) {
   const bool all = r.momentum != kNoMomentum || t.compensation != nullptr || t.average != nullptr ||
                    rounds_stochastically(t, r) || delta != nullptr;
-  for_each_part(t, r, k, n, [&](int64_t first, int64_t part, const uint16_t* random) {
+  for_each_part(t, r, k, n, [&](int64_t first, int64_t part) {
     const Line<P, G> line = line_at(t, param, grad, first, r.momentum != kNoMomentum && delta == nullptr);
     const Roots of_part{roots.factor + (first - k), roots.of_line, roots.most};
     Written<P> to = written_at<P>(t, first);
-    to.random = random;
     if (delta != nullptr) to.delta = delta + (first - k);
     by_extras(all ? kAllExtras : extras_of(t, r),
-              [&](auto extras) { apply_line<extras.value>(rule, line, to, of_part, part); });
+              [&](auto extras) { apply_line<extras.value>(rule, line, to, of_part, draws_at(t, r, first), part); });
   });
 }
 
@@ -169,8 +172,8 @@ inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, d
   const VectorRule rule = vector_rule(t, r);
   by_dtypes(t, [&](auto* param, auto* grad) {
     const int64_t begin = elements.begin;
-    for_each_part(t, r, begin, elements.end - begin, [&](int64_t k, int64_t n, const uint16_t* random) {
-      apply_vector(param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, random, n);
+    for_each_part(t, r, begin, elements.end - begin, [&](int64_t k, int64_t n) {
+      apply_vector(param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, draws_at(t, r, k), n);
     });
   });
 }
@@ -278,7 +281,7 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
 // accumulated += scale g of elements begin .. end.
 inline void accumulate_plainly(const Tensor& t, int64_t begin, int64_t end) {
   const float scale = float(t.grad_scale);
-  by_dtypes(t, [&](auto*, auto* all) {
+  without_param(t, [&](auto*, auto* all) {
     for (int64_t k = begin; k < end;) {
       const Run from = run_at(t, t.strides, k), to = run_at(t, t.state_strides, k);
       const int64_t n = least(least(from.count, to.count), end - k);

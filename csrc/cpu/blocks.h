@@ -122,26 +122,26 @@ void write_blocks(const Tensor& t, int64_t k, int64_t n, const M* value, M* unit
 constexpr int kVectorsOfBlock = int(kBlock / kLanes);
 
 // The part of a block that vector `i` has.
-inline Whole lanes_of_block(Whole, int) { return {}; }
-inline Part lanes_of_block(Part block, int i) {
+inline AllLanes lanes_of_block(AllLanes, int) { return {}; }
+inline SomeLanes lanes_of_block(SomeLanes block, int i) {
   const int64_t rest = block.count - i * kLanes;
   return {rest < 0 ? 0 : rest > kLanes ? kLanes : rest};
 }
 
 typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
 
-inline Bytes load_bytes(const int8_t* from, Whole) {
+inline Bytes load_bytes(const int8_t* from, AllLanes) {
   Bytes bytes;
   memcpy(&bytes, from, sizeof bytes);
   return bytes;
 }
-inline void store_bytes(int8_t* to, Bytes bytes, Whole) { memcpy(to, &bytes, sizeof bytes); }
-inline Bytes load_bytes(const int8_t* from, Part part) {
+inline void store_bytes(int8_t* to, Bytes bytes, AllLanes) { memcpy(to, &bytes, sizeof bytes); }
+inline Bytes load_bytes(const int8_t* from, SomeLanes part) {
   Bytes bytes{};
   for (int64_t i = 0; i < part.count; ++i) bytes[i] = from[i];
   return bytes;
 }
-inline void store_bytes(int8_t* to, Bytes bytes, Part part) {
+inline void store_bytes(int8_t* to, Bytes bytes, SomeLanes part) {
   for (int64_t i = 0; i < part.count; ++i) to[i] = bytes[i];
 }
 
@@ -213,8 +213,8 @@ FA_INLINE uint8_t round_block(int8_t* units, Lanes lanes, Floats (&x)[kVectorsOf
 template <class F>
 void for_each_block_of_line(int64_t n, F f) {
   int64_t begin = 0;
-  for (; begin + kBlock <= n; begin += kBlock) f(begin, Whole{});
-  if (begin < n) f(begin, Part{n - begin});
+  for (; begin + kBlock <= n; begin += kBlock) f(begin, AllLanes{});
+  if (begin < n) f(begin, SomeLanes{n - begin});
 }
 
 }  // namespace

@@ -10,15 +10,19 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// Whether elements of the math dtype or of bfloat16, one after the other along each line, are all that is read.
+inline bool is_plain(int32_t dtype) { return dtype == kFloat32 || dtype == kBfloat16; }
+
+// Whether elements of float32 or bfloat16, one after the other along each line, are all that is read; the gradient may be
+// float16, and a first moment 8 bits.
 inline bool lies_plainly(const Tensor& t) {
-  const bool plain_dtypes = (t.param_dtype == kFloat32 || t.param_dtype == kBfloat16) &&
-                            (t.grad_dtype == kFloat32 || t.grad_dtype == kBfloat16);
+  const bool plain_moment = t.exp_avg == nullptr || is_plain(t.exp_avg_dtype) || t.exp_avg_dtype == kBlocks;
+  const bool plain_grad = is_plain(t.grad_dtype) || t.grad_dtype == kFloat16;
   const int last = t.ndim - 1;
   const bool plain_lines = t.strides[last] == 1 && t.state_strides[last] == 1 && t.sizes[last] % t.cols == 0;
   const bool one_run = t.ndim == 1 && t.strides[0] == 1 && t.state_strides[0] == 1;
   const bool of_lines = t.form == kFactored || t.form == kSmall;
-  return t.math_dtype == kFloat32 && plain_dtypes && (of_lines ? plain_lines : one_run);
+  return t.math_dtype == kFloat32 && is_plain(t.param_dtype) && plain_grad && plain_moment &&
+         (of_lines ? plain_lines : one_run);
 }
 
 // What reading the gradient, or what is divided in its place, takes beside scaling it.
@@ -51,15 +55,25 @@ inline bool reads_plainly(const Tensor& t, const Rule& r) {
   return t.form != kUnfactored || (extras_of(t, r) == kNoExtras && t.moment_dtype == kFloat32 && !r.amsgrad);
 }
 
-// Calls f with a pointer to the parameter's dtype and one to the gradient's, of a tensor that lies_plainly.
+// Calls f with `param` and a pointer to the gradient's dtype, of a tensor that lies_plainly.
+template <class P, class F>
+auto by_grad_dtype(const Tensor& t, P* param, F f) {
+  if (t.grad_dtype == kFloat32) return f(param, static_cast<const float*>(t.grad));
+  if (t.grad_dtype == kFloat16) return f(param, static_cast<const Float16*>(t.grad));
+  return f(param, static_cast<const uint16_t*>(t.grad));
+}
+
+// Calls f with a pointer to the parameter's dtype and one to the gradient's.
 template <class F>
 auto by_dtypes(const Tensor& t, F f) {
-  float* p = static_cast<float*>(t.param);
-  uint16_t* half_p = static_cast<uint16_t*>(t.param);
-  const float* g = static_cast<const float*>(t.grad);
-  const uint16_t* half_g = static_cast<const uint16_t*>(t.grad);
-  if (t.param_dtype == kFloat32) return t.grad_dtype == kFloat32 ? f(p, g) : f(p, half_g);
-  return t.grad_dtype == kFloat32 ? f(half_p, g) : f(half_p, half_g);
+  return t.param_dtype == kFloat32 ? by_grad_dtype(t, static_cast<float*>(t.param), f)
+                                   : by_grad_dtype(t, static_cast<uint16_t*>(t.param), f);
+}
+
+// The same where nobody looks at the parameter: half as much to compile.
+template <class F>
+auto without_param(const Tensor& t, F f) {
+  return by_grad_dtype(t, static_cast<float*>(t.param), f);
 }
 
 inline GradRule grad_rule(const Tensor& t, const Rule& r) {
@@ -116,12 +130,13 @@ inline Lines elements_of(const Tensor& t, Lines lines) {
 
 // Of some elements of an unfactored tensor that reads_plainly.
 inline void sum_plain_vector(const Tensor& t, const Rule& r, Lines elements, double* sums) {
-  by_dtypes(t, [&](auto* param, auto* grad) {
-    const int64_t begin = elements.begin, n = elements.end - begin;
-    const float* var = static_cast<const float*>(t.var) + begin;
-    t.measures_param_rms ? sum_vector<true>(param + begin, grad + begin, var, vector_rule(t, r), n, sums)
-                         : sum_vector<false>(param + begin, grad + begin, var, vector_rule(t, r), n, sums);
-  });
+  const int64_t begin = elements.begin, n = elements.end - begin;
+  const float* var = static_cast<const float*>(t.var) + begin;
+  if (t.measures_param_rms) {
+    by_dtypes(t, [&](auto* p, auto* g) { sum_vector<true>(p + begin, g + begin, var, vector_rule(t, r), n, sums); });
+  } else {
+    without_param(t, [&](auto* p, auto* g) { sum_vector<false>(p, g + begin, var, vector_rule(t, r), n, sums); });
+  }
 }
 
 // New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
@@ -289,12 +304,13 @@ void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, T
   }
   if constexpr (sizeof(M) == sizeof(float)) {
     if (reads_plainly(t, r)) {
-      by_dtypes(t, [&](auto* param, auto* grad) {
-        by_extras(extras_of(t, r), [&](auto extras) {
-          float* buffer = static_cast<float*>(buffers.lines);
-          s.with_param ? add_plain_lines<extras.value, true>(t, r, param, grad, lines, s, buffer)
-                       : add_plain_lines<extras.value, false>(t, r, param, grad, lines, s, buffer);
-        });
+      float* buffer = static_cast<float*>(buffers.lines);
+      by_extras(extras_of(t, r), [&](auto extras) {
+        if (s.with_param) {
+          by_dtypes(t, [&](auto* p, auto* g) { add_plain_lines<extras.value, true>(t, r, p, g, lines, s, buffer); });
+        } else {
+          without_param(t, [&](auto* p, auto* g) { add_plain_lines<extras.value, false>(t, r, p, g, lines, s, buffer); });
+        }
       });
       return;
     }

@@ -144,21 +144,24 @@ double measure_plain_block(const Tensor& t, const Rule& r, const Matrix<float>& 
   }
   const float most = most_root<float>(r);
   return by_extras(extras_of(t, r), [&](auto extras) {
-    const auto measured = corrects ? measure_lines<L, extras.value, true, P, G> : measure_lines<L, extras.value, false, P, G>;
-    return measured(lines, of_line, m.factor, most, grad_rule(t, r), moment_rule(r), t.cols);
+    const auto f = corrects ? measure_lines<L, extras.value, true, P, G> : measure_lines<L, extras.value, false, P, G>;
+    return f(lines, of_line, m.factor, most, grad_rule(t, r), moment_rule(r), t.cols);
   });
 }
 
 inline double measure_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, bool corrects,
                                   float* buffer) {
+  const bool in_blocks = block_lines(t) == kBlockLines;
   double sum = 0;
-  by_dtypes(t, [&](auto* param, auto* grad) {
+  without_param(t, [&](auto* param, auto* grad) {
     int64_t numbers[kBlockLines];
     int count = 0;
     for (int64_t number = lines.begin; number < lines.end; ++number) {
-      if (is_measured(r, m, number)) numbers[count++] = number;
-      if (count < kBlockLines) continue;
-      sum += measure_plain_block<kBlockLines>(t, r, m, param, grad, numbers, corrects, buffer);
+      if (!is_measured(r, m, number)) continue;
+      numbers[count++] = number;
+      if (in_blocks && count < kBlockLines) continue;
+      sum += in_blocks ? measure_plain_block<kBlockLines>(t, r, m, param, grad, numbers, corrects, buffer)
+                       : measure_plain_block<1>(t, r, m, param, grad, numbers, corrects, buffer);
       count = 0;
     }
     for (int i = 0; i < count; ++i) sum += measure_plain_block<1>(t, r, m, param, grad, numbers + i, corrects, buffer);

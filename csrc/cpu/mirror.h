@@ -16,28 +16,6 @@ namespace {
 constexpr int64_t kCacheLineBytes = 64;
 constexpr int64_t kLeastStreamed = 512;  // bytes: less is not worth finding where a cache line begins
 
-struct Float16 {
-  uint16_t bits;
-};
-
-inline Halves to_float16(Floats value) {
-#if defined(__AVX512F__)
-  return Halves(_mm512_cvtps_ph(__m512(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
-  return Halves(_mm256_cvtps_ph(__m256(value), _MM_FROUND_TO_NEAREST_INT));
-#else
-  Halves halves;
-  for (int64_t i = 0; i < kLanes; ++i) halves[i] = float_to_half(value[i]);
-  return halves;
-#endif
-}
-
-inline void store(Float16* to, Floats value) {
-  const Halves halves = to_float16(value);
-  memcpy(to, &halves, sizeof halves);
-}
-inline void store_element(Float16* to, float value) { to->bits = float_to_half(value); }
-
 // A vector to where a vector may begin, past the caches.
 inline void stream_vector(void* to, Words value) {
 #if defined(__AVX512F__)

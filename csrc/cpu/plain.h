@@ -10,6 +10,7 @@
 #define FUSED_ADAFACTOR_CPU_PLAIN_H
 
 #include "blocks.h"
+#include "rounding.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -199,9 +200,29 @@ struct Written {
   P* compensation;
   float* average;
   float* accumulator;
-  const uint16_t* random;  // bits to round with
-  const float* delta;      // what is subtracted from the parameter, if that is known already
+  const float* delta;  // what is subtracted from the parameter, if that is known already
 };
+
+// Random bits for a run of elements, if they are wanted, whose first is this one of the parameter.
+struct Draws {
+  bool wanted;
+  RandomKey key;
+  uint64_t element;
+};
+
+// Calls f(j, lanes, random bits from j = 0 on or null) for n elements. Bits are drawn for few of them at a time: while
+// a core waits for memory, it draws those that come next.
+template <class F>
+FA_INLINE void for_each_drawn(const Draws& draws, int64_t n, F f) {
+  RandomBits bits;
+  const int64_t most = kDrawnTogether - int64_t(draws.element % 8);
+  for (int64_t begin = 0, end; begin < n; begin = end) {
+    end = !draws.wanted ? n : least(n, begin + (begin == 0 ? most : kDrawnTogether));
+    const uint16_t* random =
+        draws.wanted ? bits.of(draws.key, draws.element + uint64_t(begin), end - begin) - begin : nullptr;
+    for_each_vector(begin, end, [&](int64_t j, auto lanes) { f(j, lanes, random); });
+  }
+}
 
 // The numbers of the second sweep.
 struct ApplyRule {
@@ -284,8 +305,8 @@ void deltas_of_blocks(ApplyRule r, Line<P, G> line, Blocks blocks, Roots roots, 
 
 // p = decay p - delta for a run of elements, with all that is stored beside it.
 template <Extras kExtras, class P, class G>
-void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, int64_t n) {
-  for_each_vector(0, n, [&](int64_t j, auto lanes) {
+void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, Draws draws, int64_t n) {
+  for_each_drawn(draws, n, [&](int64_t j, auto lanes, const uint16_t* random) {
     ask_for(line.grad + j, kAheadOfLine);
     ask_for(line.param + j, kAheadOfLine);
     const bool known = kExtras == kAllExtras && to.delta != nullptr;
@@ -296,7 +317,7 @@ void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, int64_
     } else {
       if (to.compensation != nullptr) p += load(to.compensation + j, lanes);
       const Floats value = fused(p, Floats{} + r.decay, -delta);
-      const Floats stored = store_rounded(line.param, value, to.random, j, lanes);
+      const Floats stored = store_rounded(line.param, value, random, j, lanes);
       if (to.compensation != nullptr) {
         ask_for(to.compensation + j, kAheadOfLine);
         store(to.compensation + j, stored - stored == 0.0f ? value - stored : Floats{}, lanes);
@@ -346,8 +367,8 @@ void sum_vector(const P* param, const G* grad, const float* var, const VectorRul
 // p = decay p - step u, and the new second moments.
 template <class P, class G>
 void apply_vector(P* param, const G* grad, float* var, const VectorRule& r, float decay, float step,
-                  const uint16_t* random, int64_t n) {
-  for_each_vector(0, n, [&](int64_t j, auto lanes) {
+                  Draws draws, int64_t n) {
+  for_each_drawn(draws, n, [&](int64_t j, auto lanes, const uint16_t* random) {
     ask_for(grad + j, kAheadOfLine);
     ask_for(param + j, kAheadOfLine);
     ask_for(var + j, kAheadOfLine);

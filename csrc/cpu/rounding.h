@@ -11,6 +11,7 @@ namespace {
 
 typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));
 constexpr int64_t kBlocksTogether = kVectorBytes / 8;
+constexpr int64_t kDrawnTogether = 8 * kBlocksTogether;  // elements
 // Blocks that `kChunk` elements touch, wherever they begin, in whole vectors.
 constexpr int64_t kBlocksOfChunk = (kChunk / 8 + 1 + kBlocksTogether - 1) / kBlocksTogether * kBlocksTogether;
 
@@ -50,18 +51,27 @@ inline Longs second_halves(Longs a, Longs b) {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
 
+// What random bits follow from, with the index of the element.
+struct RandomKey {
+  uint64_t seed;
+  uint32_t step, param, stream;
+};
+
+inline RandomKey random_key(const Tensor& t, const Rule& r, Stream stream) {
+  return {r.seed, uint32_t(r.step), uint32_t(t.param_index), stream};
+}
+
 // Philox-4x32-10 of consecutive blocks, side by side: eight numbers of 16 bits each. Its key is the seed, its counter
 // (block and stream, parameter, step). What is above the low half of a counter's number is of no account.
-inline void rounding_blocks(const Tensor& t, const Rule& r, Stream stream, uint64_t block, int64_t count,
-                            uint16_t* halves) {
+inline void rounding_blocks(const RandomKey& key, uint64_t block, int64_t count, uint16_t* halves) {
   Longs numbers{};
   for (int64_t i = 0; i < kBlocksTogether; ++i) numbers[i] = uint64_t(i);
   const Longs multiplier0 = Longs{} + kPhiloxMultiplier0, multiplier1 = Longs{} + kPhiloxMultiplier1;
   for (int64_t first = 0; first < count; first += kBlocksTogether) {
     Longs c0 = numbers + (block + uint64_t(first));
-    Longs c2 = Longs{} + uint32_t(t.param_index), c3 = Longs{} + uint32_t(r.step);
-    Longs c1 = (c0 >> 32) | (uint64_t(stream) << kStreamShift);
-    uint32_t k0 = uint32_t(r.seed), k1 = uint32_t(r.seed >> 32);
+    Longs c2 = Longs{} + key.param, c3 = Longs{} + key.step;
+    Longs c1 = (c0 >> 32) | (uint64_t(key.stream) << kStreamShift);
+    uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const Longs product0 = multiply_halves(c0, multiplier0), product1 = multiply_halves(c2, multiplier1);
       c0 = (product1 >> 32) ^ c1 ^ k0;
@@ -80,9 +90,9 @@ inline void rounding_blocks(const Tensor& t, const Rule& r, Stream stream, uint6
 // The random bits of some elements in a row; count <= kChunk.
 class RandomBits {
  public:
-  const uint16_t* of(const Tensor& t, const Rule& r, Stream stream, uint64_t element, int64_t count) {
+  const uint16_t* of(const RandomKey& key, uint64_t element, int64_t count) {
     const uint64_t block = element >> 3, blocks = ((element + uint64_t(count) - 1) >> 3) - block + 1;
-    rounding_blocks(t, r, stream, block, int64_t(blocks), halves_);
+    rounding_blocks(key, block, int64_t(blocks), halves_);
     return halves_ + (element & 7);
   }
 
@@ -130,7 +140,7 @@ void round_moments(const Tensor& t, const Rule& r, Stream stream, int64_t first,
   for (int64_t i = 0; i < count;) {
     const Run run = moment_at(t, stream, first + i);
     const int64_t n = least(least(kChunk, run.count), count - i);
-    const uint16_t* random = bits.of(t, r, stream, uint64_t(run.offset), n);
+    const uint16_t* random = bits.of(random_key(t, r, stream), uint64_t(run.offset), n);
     M* part = value + i;
     for (int64_t j = 0; j < n; ++j) part[j] = M(from_bfloat16(to_bfloat16_stochastic(float(part[j]), random[j])));
     i += n;
@@ -146,7 +156,8 @@ inline void write_stochastic(const Tensor& t, const Rule& r, const int64_t* stri
   for (int64_t i = 0; i < n;) {
     const Run to = run_at(t, strides, k + i), run = run_at(t, t.logical, k + i);
     const int64_t count = logical_stride == 1 ? least(run.count, n - i) : 1;
-    const uint16_t* random = bits.of(t, r, kParamStream, uint64_t(t.whole.first_element + run.offset), count);
+    const uint64_t element = uint64_t(t.whole.first_element + run.offset);
+    const uint16_t* random = bits.of(random_key(t, r, kParamStream), element, count);
     uint16_t* out = all + to.offset;
     if (stride == 1) {
       for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16_stochastic(value[i + j], random[j]);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include <omp.h>
@@ -49,7 +50,13 @@ struct Progress {
 };
 
 inline void wait_for(const std::atomic<int32_t>& left) {
-  while (left.load(std::memory_order_acquire) != 0) {
+  // What is waited for comes within microseconds, unless somebody else has the core of the thread that it comes from.
+  constexpr int32_t kPatience = 4096;
+  for (int32_t tries = 0; left.load(std::memory_order_acquire) != 0; ++tries) {
+    if (tries >= kPatience) {
+      std::this_thread::yield();
+      continue;
+    }
 #if defined(FA_X86)
     __builtin_ia32_pause();
 #endif
@@ -67,7 +74,8 @@ struct Needs {
     // As Matrix and Sums in sums.h, rounded up.
     const int64_t matrix_bytes = 2 * kCacheLine + size * (t.rows + 2 * t.cols);
     if (t.form == kFactored || t.form == kSmall) {
-      lines = std::max(lines, (t.exp_avg_scale == nullptr ? 2 : kBlockLines) * t.cols * size);
+      const int64_t together = t.exp_avg_scale == nullptr ? 2 : std::max<int64_t>(2, block_lines(t));
+      lines = std::max(lines, together * t.cols * size);
     }
     if (t.form == kSmall) matrix = std::max(matrix, matrix_bytes);
     if (!as_whole) return;

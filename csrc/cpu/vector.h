@@ -101,10 +101,12 @@ inline Halves to_bfloat16(Floats value) {
 }
 
 inline Halves to_bfloat16_stochastic(Floats value, Halves random16) {
-  const Words bits = Words(value), magnitude = bits & 0x7FFFFFFFu;
-  const Words rounded = (bits + widened(random16)) >> 16;
+  const Words bits = Words(value), rounded = (bits + widened(random16)) >> 16;
+#if defined(__AVX512F__)
+  if (_mm512_fpclass_ps_mask(__m512(value), 0x99) == 0) return narrowed(rounded);  // neither infinite nor NaN
+#endif
+  const Words magnitude = bits & 0x7FFFFFFFu, exact = Words(magnitude >= 0x7F800000u);
   const Words kept = (bits >> 16) | (Words(magnitude > 0x7F800000u) & 0x40u);
-  const Words exact = Words(magnitude >= 0x7F800000u);
   return narrowed((exact & kept) | (~exact & rounded));
 }
 
@@ -119,12 +121,52 @@ inline float load_element(const uint16_t* bfloat16) { return from_bfloat16(*bflo
 inline void store_element(float* to, float value) { *to = value; }
 inline void store_element(uint16_t* to, float value) { *to = to_bfloat16(value); }
 
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Halves to_float16(Floats value) {
+#if defined(__AVX512F__)
+  return Halves(_mm512_cvtps_ph(__m512(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  return Halves(_mm256_cvtps_ph(__m256(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  Halves halves;
+  for (int64_t i = 0; i < kLanes; ++i) halves[i] = float_to_half(value[i]);
+  return halves;
+#endif
+}
+
+inline void store(Float16* to, Floats value) {
+  const Halves halves = to_float16(value);
+  memcpy(to, &halves, sizeof halves);
+}
+inline void store_element(Float16* to, float value) { to->bits = float_to_half(value); }
+
+inline Floats from_float16(Halves halves) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtph_ps(__m256i(halves)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_cvtph_ps(__m128i(halves)));
+#else
+  Floats value;
+  for (int64_t i = 0; i < kLanes; ++i) value[i] = half_to_float(halves[i]);
+  return value;
+#endif
+}
+
+inline Floats load(const Float16* from) {
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return from_float16(halves);
+}
+
 // A whole vector, or the first lanes of one, which is what is left over at the end of a row. What is not there is read
 // as 0, and not written.
-struct Whole {
+struct AllLanes {
   static constexpr int64_t count = kLanes;
 };
-struct Part {
+struct SomeLanes {
   int64_t count;
 };
 
@@ -132,62 +174,63 @@ struct Part {
 template <class F>
 void for_each_vector(int64_t begin, int64_t end, F f) {
   int64_t j = begin;
-  for (; j + kLanes <= end; j += kLanes) f(j, Whole{});
-  if (j < end) f(j, Part{end - j});
+  for (; j + kLanes <= end; j += kLanes) f(j, AllLanes{});
+  if (j < end) f(j, SomeLanes{end - j});
 }
 
 template <class T>
-Floats load(const T* from, Whole) {
+Floats load(const T* from, AllLanes) {
   return load(from);
 }
 template <class T>
-void store(T* to, Floats value, Whole) {
+void store(T* to, Floats value, AllLanes) {
   store(to, value);
 }
-inline Halves load_halves(const uint16_t* from, Whole) {
+inline Halves load_halves(const uint16_t* from, AllLanes) {
   Halves halves;
   memcpy(&halves, from, sizeof halves);
   return halves;
 }
-inline void store_halves(uint16_t* to, Halves halves, Whole) { memcpy(to, &halves, sizeof halves); }
+inline void store_halves(uint16_t* to, Halves halves, AllLanes) { memcpy(to, &halves, sizeof halves); }
 // Without what was never read: not 0 any more, where it has been divided by 0.
-inline Floats kept(Floats value, Whole) { return value; }
+inline Floats kept(Floats value, AllLanes) { return value; }
 
 #if defined(__AVX512F__)
-inline __mmask16 mask_of(Part part) { return __mmask16((1u << part.count) - 1u); }
-inline Floats load(const float* from, Part part) { return Floats(_mm512_maskz_loadu_ps(mask_of(part), from)); }
-inline void store(float* to, Floats value, Part part) { _mm512_mask_storeu_ps(to, mask_of(part), __m512(value)); }
-inline Halves load_halves(const uint16_t* from, Part part) {
+inline __mmask16 mask_of(SomeLanes part) { return __mmask16((1u << part.count) - 1u); }
+inline Floats load(const float* from, SomeLanes part) { return Floats(_mm512_maskz_loadu_ps(mask_of(part), from)); }
+inline void store(float* to, Floats value, SomeLanes part) { _mm512_mask_storeu_ps(to, mask_of(part), __m512(value)); }
+inline Halves load_halves(const uint16_t* from, SomeLanes part) {
   return Halves(_mm256_maskz_loadu_epi16(mask_of(part), from));
 }
-inline void store_halves(uint16_t* to, Halves halves, Part part) {
+inline void store_halves(uint16_t* to, Halves halves, SomeLanes part) {
   _mm256_mask_storeu_epi16(to, mask_of(part), __m256i(halves));
 }
-inline Floats kept(Floats value, Part part) { return Floats(_mm512_maskz_mov_ps(mask_of(part), __m512(value))); }
+inline Floats kept(Floats value, SomeLanes part) { return Floats(_mm512_maskz_mov_ps(mask_of(part), __m512(value))); }
 #else
-inline Floats load(const float* from, Part part) {
+inline Floats load(const float* from, SomeLanes part) {
   Floats value{};
   for (int64_t i = 0; i < part.count; ++i) value[i] = from[i];
   return value;
 }
-inline void store(float* to, Floats value, Part part) {
+inline void store(float* to, Floats value, SomeLanes part) {
   for (int64_t i = 0; i < part.count; ++i) to[i] = value[i];
 }
-inline Halves load_halves(const uint16_t* from, Part part) {
+inline Halves load_halves(const uint16_t* from, SomeLanes part) {
   Halves halves{};
   for (int64_t i = 0; i < part.count; ++i) halves[i] = from[i];
   return halves;
 }
-inline void store_halves(uint16_t* to, Halves halves, Part part) {
+inline void store_halves(uint16_t* to, Halves halves, SomeLanes part) {
   for (int64_t i = 0; i < part.count; ++i) to[i] = halves[i];
 }
-inline Floats kept(Floats value, Part part) {
+inline Floats kept(Floats value, SomeLanes part) {
   for (int64_t i = part.count; i < kLanes; ++i) value[i] = 0.0f;
   return value;
 }
 #endif
-inline Floats load(const uint16_t* bfloat16, Part part) { return from_bfloat16(load_halves(bfloat16, part)); }
-inline void store(uint16_t* to, Floats value, Part part) { store_halves(to, to_bfloat16(value), part); }
+inline Floats load(const Float16* from, SomeLanes part) { return from_float16(load_halves(&from->bits, part)); }
+inline Floats load(const uint16_t* bfloat16, SomeLanes part) { return from_bfloat16(load_halves(bfloat16, part)); }
+inline void store(uint16_t* to, Floats value, SomeLanes part) { store_halves(to, to_bfloat16(value), part); }
 
 typedef int32_t Flags __attribute__((vector_size(kVectorBytes)));  // -1 where a comparison holds
 
