@@ -46,7 +46,8 @@ int32_t chosen_isa = best_isa();
 
 // Items of this call that are left to do of a tensor.
 struct Progress {
-  std::atomic<int32_t> stats_left{0}, merges_left{0}, finalize_left{0}, update_rms_left{0}, measure_left{0}, apply_left{0};
+  std::atomic<int32_t> stats_left{0}, merges_left{0}, finalize_left{0};
+  std::atomic<int32_t> update_rms_left{0}, measure_left{0}, apply_left{0};
 };
 
 inline void wait_for(const std::atomic<int32_t>& left) {
