@@ -6,7 +6,8 @@ ARGS ?=#           passed on by test, codegen, demo, bench, micro and gpu: make 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DECLARED := pyproject.toml setup.py constraints.txt
-NATIVE := $(wildcard csrc/include/*/*.h csrc/cpu/*)
+NATIVE := $(wildcard csrc/include/*/*.h csrc/cpu/* csrc/cuda/*.cu*) fused_adafactor/building.py
+NVCC = $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2
 ASAN_TESTS ?= tests/kernels/test_cpp.py tests/kernels/test_biting_shapes.py tests/kernels/test_bits.py tests/kernels/test_blocks_of_moments.py tests/parity/test_shapes.py
 
@@ -50,14 +51,15 @@ test-interpret: .venv/.stamp-dev ## run the Triton kernels in Triton's interpret
 # A build of its own, which leaves the one that is installed alone. Python and torch are not built with the sanitizer,
 # so its library is loaded before them; what they never free is not looked for.
 test-asan: .venv/.stamp-dev ## run the kernels' tests with AddressSanitizer and UBSan in the C++ library
-	FUSED_ADAFACTOR_BUILD=1 FUSED_ADAFACTOR_CXXFLAGS="$(SANITIZE)" \
+	FUSED_ADAFACTOR_BUILD=cpp FUSED_ADAFACTOR_CXXFLAGS="$(SANITIZE)" \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	    FUSED_ADAFACTOR_LIBRARY=$(CURDIR)/build/asan/fused_adafactor/libfused_adafactor.so \
 	    $(BIN)/python -m pytest -n auto --dist worksteal $(ASAN_TESTS) $(ARGS)
 
-codegen: .venv/.stamp-dev ## compile the Triton kernels for GPUs that are not here: no spills, wide accesses (minutes)
+codegen: .venv/.stamp-dev ## compile the kernels for GPUs that are not here: no spills, wide accesses (minutes)
+	$(if $(NVCC),$(BIN)/python -m fused_adafactor codegen --backend cuda $(ARGS),@echo "no nvcc here: the CUDA library is left out")
 	$(BIN)/python -m fused_adafactor codegen --backend triton $(ARGS)
 
 demo: .venv/.stamp-run ## see it work (installs torch, the package and matplotlib only)

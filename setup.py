@@ -1,111 +1,103 @@
-"""Builds the native CPU library from csrc/ where a C++ compiler is found.
+"""Builds the native libraries from csrc/: for CPUs with a C++ compiler, for GPUs with CUDA's.
 
-The library has a plain C interface: no header of torch or Python goes into it, so it is built in an
-ordinary isolated environment, and one wheel serves every Python and every torch.
-Without a compiler the package installs without it, and `python -m fused_adafactor info` says so.
-FUSED_ADAFACTOR_BUILD=1 makes a failing build an error, =0 leaves the library out.
-FUSED_ADAFACTOR_CXXFLAGS are added to the compiler's flags and to the linker's: `make test-asan`
-puts its sanitizers there.
+The libraries have plain C interfaces: no header of torch or Python goes into them, so they are
+built in an ordinary isolated environment, and one wheel serves every Python and every torch.
+Without a compiler the package installs without them, and `python -m fused_adafactor info` says so;
+`python -m fused_adafactor build` builds them later, from the sources that are installed with it.
+How, and what the environment may ask for, is in fused_adafactor/building.py.
+
+FUSED_ADAFACTOR_BUILD=1 makes a build that fails an error, =0 leaves the libraries out, =cpp or
+=cuda builds only that one, or fails. What is there and would come out the same is not built again.
 """
 
+import importlib.util
 import os
-import platform
-import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-LIBRARY = "libfused_adafactor.so"
-CPU = Path("csrc/cpu")
-FLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Icsrc/include"),
-    # Contraction to fused multiply-adds is what the kernels are written for; errno and traps only
-    # keep the loops from being vectorised.
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-
-
-def builds() -> dict[str, list[str]]:
-    """Instruction sets of kernels.cpp, by namespace, with the flags of each."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return {"portable": []}
-    fma = ["-mfma", "-mf16c"]
-    return {
-        "portable": [],
-        "avx2": ["-mavx2", *fma],
-        "avx512": [*AVX512, *fma],
-        "avx512bf16": [*AVX512, "-mavx512bf16", *fma],
-    }
+ROOT = Path(__file__).resolve().parent
+# By itself: the package imports torch, which need not be here.
+_spec = importlib.util.spec_from_file_location("building", ROOT / "fused_adafactor/building.py")
+building = sys.modules["building"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(building)
 
 
 class BuildNative(build_ext):
-    """Compile csrc/cpu into one shared library beside the package."""
+    """Build each library beside the package."""
 
     def get_ext_filename(self, ext_name: str) -> str:
-        """Where the library goes; it is loaded by ctypes, so its name is not a module's."""
-        return str(Path(*ext_name.split(".")).parent / LIBRARY)
+        """Where a library goes; it is loaded by ctypes, so its name is not a module's."""
+        *package, backend = ext_name.split(".")
+        return str(Path(*package, building.LIBRARIES[backend]))
 
     def build_extension(self, ext: Extension) -> None:
         """Build it, or go on without it."""
+        backend = ext.name.split(".")[-1]
         wanted = os.environ.get("FUSED_ADAFACTOR_BUILD", "auto")
-        if wanted == "0":
+        if wanted not in ("auto", "1", backend):
             return
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self.compile(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, subprocess.CalledProcessError) as error:
-            if wanted == "1":
+            recipe = building.recipe_of(backend)
+            here = building.PACKAGE / library.name
+            if building.is_current(recipe, library):
+                return
+            if building.is_current(recipe, here):  # an editable install builds elsewhere first
+                library.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(here, library)
+                return
+            objects = Path(self.build_temp, backend)
+            building.compile_library(recipe, library, objects)
+        except building.CannotBuild as error:
+            # Nobody has nvcc by default, so only who asks for that library has to have it.
+            if wanted == backend or (wanted == "1" and backend == "cpp"):
                 raise
-            print(f"fused_adafactor: no native library ({error}); the reference backend remains")
+            print(f"fused_adafactor: no native library for {backend} ({error})")
+        except (OSError, subprocess.CalledProcessError) as error:
+            if wanted != "auto":
+                raise
+            print(f"fused_adafactor: no native library for {backend} ({error})")
 
-    def compile(self, library: Path) -> None:
-        """Run the compiler once for each instruction set, and link."""
-        compiler = os.environ.get("CXX", "c++")
-        extra = shlex.split(os.environ.get("FUSED_ADAFACTOR_CXXFLAGS", ""))
-        objects = Path(self.build_temp)
-        for folder in (objects, library.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        x86 = ["-DFA_X86"] if len(builds()) > 1 else []
-        sources = {
-            str(objects / f"kernels_{name}.o"): [
-                str(CPU / "kernels.cpp"),
-                f"-DFA_ISA={name}",
-                *flags,
-            ]
-            for name, flags in builds().items()
-        }
-        sources[str(objects / "step.o")] = [str(CPU / "step.cpp")]
-        commands = [
-            [compiler, *FLAGS, *x86, *extra, "-c", *source, "-o", made]
-            for made, source in sources.items()
-        ]
-        # Side by side: they are most of the time that an installation takes.
-        running = [subprocess.Popen(command) for command in commands]
-        for process, command in zip(running, commands, strict=True):
-            if process.wait() != 0:
-                raise subprocess.CalledProcessError(process.returncode, command)
-        # Moved into place whole: a process that has the old one loaded keeps it.
-        fresh = library.with_suffix(".new")
-        link = [compiler, "-shared", "-fopenmp", *extra, *sources, "-o", str(fresh)]
-        subprocess.run(link, check=True)
-        fresh.replace(library)
+
+class WithSources(build_py):
+    """The package with the sources of the libraries, for who builds them later."""
+
+    def run(self) -> None:
+        """Copy them too; an editable install has them in its tree."""
+        super().run()
+        if not self.editable_mode:
+            there = Path(self.build_lib, "fused_adafactor", "_csrc")
+            shutil.rmtree(there, ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", there)
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel of any Python: of this platform with the library in it, of any without."""
+    """A wheel of any Python: of this platform with a library in it, of any without."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Decide by what was built."""
         _, _, here = super().get_tag()
-        built = any(Path(self.bdist_dir).rglob(LIBRARY))
+        names = building.LIBRARIES.values()
+        built = any(path.name in names for path in Path(self.bdist_dir).rglob("*.so"))
         return "py3", "none", here if built else "any"
 
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("fused_adafactor.library", sources=[])],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+        ext_modules=[
+            Extension(f"fused_adafactor.{backend}", sources=[], optional=True)
+            for backend in building.LIBRARIES
+        ],
+        cmdclass={
+            "build_ext": BuildNative,
+            "build_py": WithSources,
+            "bdist_wheel": PlatformWheel,
+        },
     )

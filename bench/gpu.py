@@ -29,6 +29,8 @@ from typing import Any
 import torch
 
 from bench.targets import Row, as_table, row_of
+from fused_adafactor import building
+from fused_adafactor.backends import cuda
 from fused_adafactor.cli.bench.cases import CASES, GPU_CASES, choose
 from fused_adafactor.cli.bench.record import read
 
@@ -70,6 +72,7 @@ class Run:
     Attributes:
         device: As torch names it.
         backend: Of ours.
+        against: Another one that is tested, and timed beside it, if any.
         out: The folder.
         seconds: For everything.
         shards: Processes that the tests are shared by.
@@ -77,10 +80,12 @@ class Run:
         whole: All parts, so that each keeps to its share of the time.
         started: By the monotonic clock.
         outcomes: In order.
+        env: Variables of every process.
     """
 
     device: str
     backend: str
+    against: str | None
     out: Path
     seconds: float
     shards: int
@@ -88,6 +93,12 @@ class Run:
     whole: bool = True
     started: float = field(default_factory=time.monotonic)
     outcomes: list[Outcome] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def backends(self) -> list[str]:
+        """Those that are tested."""
+        return [backend for backend in (self.backend, self.against) if backend is not None]
 
     @functools.cached_property
     def slug(self) -> str:
@@ -122,7 +133,7 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": path, **(env or {})},
+                env={**os.environ, "PYTHONPATH": path, **self.env, **(env or {})},
                 start_new_session=True,
             )
             try:
@@ -160,34 +171,68 @@ def info(run: Run) -> tuple[str, str]:
     return status, note or f"{run.slug}, torch {torch.__version__}"
 
 
+def build(run: Run) -> tuple[str, str]:
+    """The CUDA library for this device, into the folder; where there is no nvcc, what there is."""
+    if "cuda" not in run.backends:
+        return "skipped", "nothing here needs the CUDA library"
+    if os.environ.get(cuda.LIBRARY_ENVIRONMENT):
+        return "passed", f"{cuda.LIBRARY_ENVIRONMENT} names one"
+    status, note = "passed", "installed"
+    if building.nvcc_path() is not None:
+        major, minor = torch.cuda.get_device_capability(run.device)
+        cache = run.out / "library"
+        env = {
+            building.CACHE_ENVIRONMENT: str(cache),
+            building.ARCHS_ENVIRONMENT: f"{major}{minor}",
+        }
+        returncode = run.process("build", ["fused_adafactor", "build"], run.limit(0.3), env)
+        status, note = status_of(returncode)
+        if status == "passed":
+            (library,) = cache.rglob(building.LIBRARIES["cuda"])
+            run.env[cuda.LIBRARY_ENVIRONMENT] = str(library)
+            return status, f"for sm_{major}{minor}"
+    elif cuda.missing() is not None:
+        status, note = "skipped", f"there is no nvcc, and {cuda.missing()}"
+    if status != "passed" and run.against == "cuda":
+        run.against = None
+    return status, note
+
+
 def correctness(run: Run) -> tuple[str, str]:
     """``tests/gpu`` in several processes, since compiling keeps a core busy and the GPU idle."""
     limit = run.limit(0.4)
     seed = os.environ.get("FUSED_ADAFACTOR_TEST_SEED") or int.from_bytes(os.urandom(3), "big")
     env = {
         "FUSED_ADAFACTOR_TEST_DEVICE": run.device,
-        "FUSED_ADAFACTOR_TEST_BACKEND": run.backend,
         "FUSED_ADAFACTOR_TEST_SEED": str(seed),
         "FUSED_ADAFACTOR_TEST_UNTIL": str(time.time() + limit),
         "FUSED_ADAFACTOR_TEST_LONGEST": str(min(_LONGEST_TEST, limit)),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
-    with ThreadPoolExecutor(run.shards) as threads:
-        parts = threads.map(lambda number: _shard(run, number, env), range(run.shards))
-        tests = {test: entry for part in parts for test, entry in part.items()}
+    shares = [(backend, number) for backend in run.backends for number in range(run.shards)]
+    with ThreadPoolExecutor(len(shares)) as threads:
+        parts = threads.map(lambda share: _shard(run, *share, env), shares)
+        tests = {
+            f"{backend}: {test}": entry
+            for (backend, _), part in zip(shares, parts, strict=True)
+            for test, entry in part.items()
+        }
     if not tests:
-        print(run.tail("correctness-0"))
+        print(run.tail(f"correctness-{run.backend}-0"))
     status, note = _verdict(tests)
     return status, f"seed {seed}: {note}"
 
 
-def _shard(run: Run, number: int, env: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _shard(
+    run: Run, backend: str, number: int, env: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """A share of the tests, taken up again behind one that took its process with it."""
-    part, until = f"correctness-{number}", float(env["FUSED_ADAFACTOR_TEST_UNTIL"])
+    part, until = f"correctness-{backend}-{number}", float(env["FUSED_ADAFACTOR_TEST_UNTIL"])
     log = run.file(part, "jsonl")
     mine = {
         **env,
+        "FUSED_ADAFACTOR_TEST_BACKEND": backend,
         "FUSED_ADAFACTOR_TEST_LOG": str(log),
         "FUSED_ADAFACTOR_TEST_SHARD": f"{number}/{run.shards}",
     }
@@ -234,14 +279,23 @@ def _verdict(tests: Mapping[str, dict[str, Any]]) -> tuple[str, str]:
 
 def sanitizer(run: Run) -> tuple[str, str]:
     """compute-sanitizer on a few steps: what is read and written out of bounds, and races."""
+    with ThreadPoolExecutor(len(run.backends)) as threads:
+        found = list(threads.map(lambda backend: _sanitize(run, backend), run.backends))
+    worst = min((status for status, _ in found), key=("failed", "skipped", "passed").index)
+    notes = (f"{b}: {note}" for b, (_, note) in zip(run.backends, found, strict=True))
+    return worst, "; ".join(notes)
+
+
+def _sanitize(run: Run, backend: str) -> tuple[str, str]:
+    part = f"sanitizer-{backend}"
     env = {
         "FUSED_ADAFACTOR_TEST_DEVICE": run.device,
-        "FUSED_ADAFACTOR_TEST_BACKEND": run.backend,
+        "FUSED_ADAFACTOR_TEST_BACKEND": backend,
         "FUSED_ADAFACTOR_TEST_SEED": "1",
     }
     script = [sys.executable, "-m", "tests.gpu.few_steps"]
     # First by itself: that compiles, which the tool would only slow down.
-    status, note = status_of(run.command("sanitizer", script, run.limit(0.08), env))
+    status, note = status_of(run.command(part, script, run.limit(0.08), env))
     tool = shutil.which("compute-sanitizer")
     if status == "failed":
         return status, f"without the tool: {note}"
@@ -254,7 +308,7 @@ def sanitizer(run: Run) -> tuple[str, str]:
     memcheck = ["--tool", "memcheck", "--report-api-errors", "no"]
     for check, share, needed in ((memcheck, 0.12, True), (["--tool", "racecheck"], 0.06, False)):
         command = [tool, *check, "--error-exitcode", "9", *script]
-        returncode = run.command("sanitizer", command, run.limit(share), env)
+        returncode = run.command(part, command, run.limit(share), env)
         notes.append(f"{check[1]}: {status_of(returncode)[1] or 'clean'}")
         if returncode != 0 and (needed or returncode is not None):
             status = "failed"
@@ -289,6 +343,7 @@ def _bench(
     command = ["fused_adafactor", "bench", "--device", run.device, "--backend", run.backend]
     command += [option for case in cases for option in ("--case", case)]
     command += ["--seconds", str(seconds), "--json", str(record), *options]
+    command += [] if run.against is None else ["--against", run.against]
     # It starts no case when its time is nearly up, and is ended if one takes longer.
     returncode = run.process(part, [*command, "--within", str(0.8 * limit)], limit)
     status, note = status_of(returncode)
@@ -320,7 +375,7 @@ def compiled(run: Run) -> tuple[str, str]:
 
 PARTS: dict[str, Callable[[Run], tuple[str, str]]] = {
     part.__name__: part
-    for part in (info, correctness, sanitizer, device, targets, everyday, compiled)
+    for part in (build, info, correctness, sanitizer, device, targets, everyday, compiled)
 }
 
 
@@ -346,8 +401,10 @@ def take(run: Run, name: str) -> None:
             status, note = PARTS[name](run)
         except Exception as error:  # a part that fails must not keep the others from running
             status, note = "failed", f"{type(error).__name__}: {error}"
-    if status == "failed" and run.file(name, "log").exists():
-        print(run.tail(name), flush=True)
+    logs = [name, *(f"{name}-{backend}" for backend in run.backends)]
+    for log in logs if status == "failed" else ():
+        if run.file(log, "log").exists():
+            print(run.tail(log), flush=True)
     outcome = Outcome(name, status, round(time.monotonic() - started, 1), note)
     run.outcomes.append(outcome)
     print(f"{name}: {status} in {outcome.seconds:.0f} s, {note}", flush=True)
@@ -370,7 +427,10 @@ def finish(run: Run) -> int:
     if rows:
         print(f"\n{as_table(rows)}")
         print("ours, unscaled, roof: in a CUDA graph on cold tensors. floor: read g, read p, write")
-        print("p at the speed of a copy. torch, AdamW, clip+torch: whole steps. Records:", run.out)
+        print("p at the speed of a copy. torch, AdamW, clip+torch: whole steps.")
+        if run.against is not None:
+            print(f"against/ours: {run.against} over {run.backend}, likewise in a CUDA graph.")
+        print("Records:", run.out)
     return int(any(outcome.status == "failed" for outcome in run.outcomes))
 
 
@@ -388,6 +448,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=4, help="processes that share the tests")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton")
+    parser.add_argument(
+        "--against", default="cuda", help="another one, to test and to time beside it; none"
+    )
     parser.add_argument("--dry-run", action="store_true", help="a little of each part")
     args = parser.parse_args(arguments)
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
@@ -396,8 +459,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     whole = args.part is None
-    run = Run(args.device, args.backend, out, args.seconds, args.shards, args.dry_run, whole)
-    chosen = args.part or list(PARTS)
+    on_gpu = torch.device(args.device).type == "cuda"
+    against = args.against if on_gpu and args.against not in (args.backend, "none") else None
+    run = Run(
+        args.device, args.backend, against, out, args.seconds, args.shards, args.dry_run, whole
+    )
+    chosen = ["build", *args.part] if args.part else list(PARTS)
     for name in chosen:
         for old in (*out.glob(f"{name}-{run.slug}.*"), *out.glob(f"{name}-*-{run.slug}.*")):
             old.unlink()

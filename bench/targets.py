@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fused_adafactor.cli.bench.peers import (
+    AGAINST,
     CLIPPED,
     OURS,
     TORCH_CLIPPED,
@@ -64,6 +65,7 @@ class Row:
         torch_over_ours: Whole steps: the faster of torch's two paths over ours.
         adamw_over_ours: The smaller ratio of whole steps and of steps in a graph.
         clipped_torch_over_ours: Whole steps of both, with clipping by the norm.
+        against_over_ours: In a graph, ours with another backend over ours.
         host_ms: Until ``step()`` of ours returns.
         missed: Targets, with what was reached; None where there is nothing to reach.
         failed: Why there is nothing else.
@@ -79,6 +81,7 @@ class Row:
     torch_over_ours: float | None = None
     adamw_over_ours: float | None = None
     clipped_torch_over_ours: float | None = None
+    against_over_ours: float | None = None
     host_ms: float | None = None
     missed: list[str] | None = None
     failed: str | None = None
@@ -104,6 +107,7 @@ def row_of(case: CaseRecord, copy_gb_per_s: float) -> Row:
     ours_ms = on_device[OURS]
     over_adamw = [t[YARDSTICK] / t[OURS] for t in (whole, on_device) if YARDSTICK in t]
     roofs = [ms for name, ms in on_device.items() if name.startswith("roof ")]
+    others = [ms for name, ms in on_device.items() if name.startswith(AGAINST)]
     clips = CLIPPED in whole and TORCH_CLIPPED in whole
     row = Row(
         case.case,
@@ -116,6 +120,7 @@ def row_of(case: CaseRecord, copy_gb_per_s: float) -> Row:
         torch_over_ours=min(whole[path] for path in TORCH_PATHS) / whole[OURS],
         adamw_over_ours=min(over_adamw) if over_adamw else None,
         clipped_torch_over_ours=whole[TORCH_CLIPPED] / whole[CLIPPED] if clips else None,
+        against_over_ours=others[0] / ours_ms if others else None,
         host_ms=apart[OURS].host_ms,
     )
     return Row(**row.as_dict() | {"missed": _missed(row, TARGETS.get(case.case))})
@@ -151,6 +156,7 @@ _COLUMNS = {
     "torch/ours": "torch_over_ours",
     "AdamW/ours": "adamw_over_ours",
     "clip+torch/ours": "clipped_torch_over_ours",
+    "against/ours": "against_over_ours",
     "host ms": "host_ms",
 }
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fused_adafactor import __version__
-from fused_adafactor.cli import bench, codegen, demo, info
+from fused_adafactor.cli import bench, build, codegen, demo, info
 
-COMMANDS = (info, demo, bench, codegen)
+COMMANDS = (info, demo, bench, build, codegen)
 
 
 def main(argv: list[str] | None = None) -> int:

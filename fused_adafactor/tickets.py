@@ -187,7 +187,7 @@ def _power_of_2(size: int) -> int:
 class Scratch:
     """Places of a tensor's sums, in bytes from the beginning of the scratch.
 
-    [x] is an array of so many: ``sums`` [units, 3], ``matrices`` [batch, 3] and ``part_sums``
+    [x] is an array of so many: ``sums`` [units, 4], ``matrices`` [batch, 3] and ``part_sums``
     [batch, parts, 8] are float64; ``lines`` [batch, rows], ``cross`` and ``factor`` [batch, cols],
     ``partial`` [partials, 2, cols] and ``chunk_sums`` [chunks, batch, rows] are in the math dtype.
     """
@@ -211,7 +211,7 @@ def scratch_of(pieces: Pieces, itemsize: int, begin: int) -> Scratch:
         start, s.end = s.end, s.end + -(-count * size // 128) * 128
         return start
 
-    s.sums = place(3 * pieces.units, 8)
+    s.sums = place(4 * pieces.units, 8)
     if g.form is Form.FACTORED:
         s.matrices = place(3 * g.batch, 8)
         s.part_sums = place(8 * g.batch * pieces.parts, 8)

@@ -35,7 +35,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     is_interpreted = _INTERPRETED in (collection_path, *collection_path.parents)
-    if collection_path.is_file() and interprets != is_interpreted:
+    if collection_path.is_file() and interprets and not is_interpreted:
         return True
     return None
 

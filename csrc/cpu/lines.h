@@ -12,8 +12,8 @@ namespace {
 
 inline bool is_plain(int32_t dtype) { return dtype == kFloat32 || dtype == kBfloat16; }
 
-// Whether elements of float32 or bfloat16, one after the other along each line, are all that is read; the gradient may be
-// float16, and a first moment 8 bits.
+// Whether elements of float32 or bfloat16, one after the other along each line, are all that is read. The gradient may
+// be of float16 too, and a first moment of 8 bits.
 inline bool lies_plainly(const Tensor& t) {
   const bool plain_moment = t.exp_avg == nullptr || is_plain(t.exp_avg_dtype) || t.exp_avg_dtype == kBlocks;
   const bool plain_grad = is_plain(t.grad_dtype) || t.grad_dtype == kFloat16;
@@ -205,15 +205,16 @@ template <Extras kExtras, bool kWithParam, class P, class G>
 void add_plain_lines(const Tensor& t, const Rule& r, P* param, const G* grad, Lines lines, LineSums<float>& s,
                      float* buffer) {
   const int64_t together = block_lines(t);
+  float* const sums = s.line - lines.begin;
   int64_t line = lines.begin;
   for (; together == kBlockLines && line + kBlockLines <= lines.end; line += kBlockLines) {
-    add_plain_block<kBlockLines, kExtras, kWithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin), buffer);
+    add_plain_block<kBlockLines, kExtras, kWithParam>(t, r, param, grad, line, s, sums + line, buffer);
   }
   for (; together >= 2 && line + 2 <= lines.end; line += 2) {
-    add_plain_block<2, kExtras, kWithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin), buffer);
+    add_plain_block<2, kExtras, kWithParam>(t, r, param, grad, line, s, sums + line, buffer);
   }
   for (; line < lines.end; ++line) {
-    add_plain_block<1, kExtras, kWithParam>(t, r, param, grad, line, s, s.line + (line - lines.begin), buffer);
+    add_plain_block<1, kExtras, kWithParam>(t, r, param, grad, line, s, sums + line, buffer);
   }
 }
 
@@ -306,10 +307,11 @@ void add_lines_of(const Tensor& t, const Rule& r, Lines lines, LineSums<M>& s, T
     if (reads_plainly(t, r)) {
       float* buffer = static_cast<float*>(buffers.lines);
       by_extras(extras_of(t, r), [&](auto extras) {
+        constexpr Extras kExtras = decltype(extras)::value;
         if (s.with_param) {
-          by_dtypes(t, [&](auto* p, auto* g) { add_plain_lines<extras.value, true>(t, r, p, g, lines, s, buffer); });
+          by_dtypes(t, [&](auto* p, auto* g) { add_plain_lines<kExtras, true>(t, r, p, g, lines, s, buffer); });
         } else {
-          without_param(t, [&](auto* p, auto* g) { add_plain_lines<extras.value, false>(t, r, p, g, lines, s, buffer); });
+          without_param(t, [&](auto* p, auto* g) { add_plain_lines<kExtras, false>(t, r, p, g, lines, s, buffer); });
         }
       });
       return;

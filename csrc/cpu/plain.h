@@ -146,7 +146,8 @@ double add_lines(const Line<P, G>* lines, const float* inverse, GradRule r, Mome
     for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto count) {
       Floats a{}, w{};
       for (int l = 0; l < L; ++l) {
-        const Floats g = grad_of<kExtras>(r, lines[l], j, count), x = numerator_of<kExtras>(moment, lines[l], g, j, count);
+        const Floats g = grad_of<kExtras>(r, lines[l], j, count);
+        const Floats x = numerator_of<kExtras>(moment, lines[l], g, j, count);
         const Floats square = g * g;
         a += square;
         if (weighted != nullptr) w += (kExtras == kAllExtras ? x * x : square) * inverse[l];
@@ -174,7 +175,8 @@ double measure_lines(const Line<P, G>* lines, const float* of_line, const float*
       const Floats across = load(factor + j, count);
       for (int l = 0; l < L; ++l) {
         ask_for(lines[l].grad + j, kAheadOfBlock);
-        const Floats g = grad_of<kExtras>(r, lines[l], j, count), x = numerator_of<kExtras>(moment, lines[l], g, j, count);
+        const Floats g = grad_of<kExtras>(r, lines[l], j, count);
+        const Floats x = numerator_of<kExtras>(moment, lines[l], g, j, count);
         const Floats root = across * of_line[l], u = x * least(root, most);
         measured[l] += kept(u * u, count);
         if (!kCorrects) continue;

@@ -31,7 +31,8 @@ inline Longs first_halves(Longs a, Longs b) {
 #if defined(__AVX512F__)
   return Longs(_mm512_permutex2var_epi64(__m512i(a), _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), __m512i(b)));
 #elif defined(__AVX2__)
-  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b)), high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
+  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b));
+  const __m256i high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
   return Longs(_mm256_permute2x128_si256(low, high, 0x20));
 #else
   return Longs{a[0], b[0]};
@@ -42,7 +43,8 @@ inline Longs second_halves(Longs a, Longs b) {
 #if defined(__AVX512F__)
   return Longs(_mm512_permutex2var_epi64(__m512i(a), _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), __m512i(b)));
 #elif defined(__AVX2__)
-  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b)), high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
+  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b));
+  const __m256i high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
   return Longs(_mm256_permute2x128_si256(low, high, 0x31));
 #else
   return Longs{a[1], b[1]};

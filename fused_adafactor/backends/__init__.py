@@ -21,10 +21,8 @@ ENVIRONMENT = "FUSED_ADAFACTOR_BACKEND"
 NAMES = ("reference", "cpp", "triton", "cuda")
 REQUESTS = ("auto", *NAMES)
 
-# Backends that are named but not written yet.
-_MISSING = {"cuda": "the CUDA backend is not part of this version"}
 # Those that need more than torch, best first.
-_NATIVE = ("triton", "cpp")
+_NATIVE = ("triton", "cuda", "cpp")
 # Those of them that step parts of parameters that are split over processes.
 _STEP_PARTS = ("cpp",)
 
@@ -66,13 +64,16 @@ class Backend(Protocol):
 class _Native(Protocol):
     """What a backend offers besides that has to be built."""
 
-    ENVIRONMENTS: tuple[str, ...]  # variables that ask for something only this backend does
+    ENVIRONMENTS: tuple[str, ...]  # variables that ask for something the reference cannot do
 
     def steps_on(self, device: torch.device) -> bool:
         """Whether it steps tensors of a device."""
 
     def missing(self) -> str | None:
         """Why it cannot run, or None."""
+
+    def refusal(self, device: torch.device) -> str | None:
+        """Why it cannot run on one of these devices, or None; it can run somewhere."""
 
     def describe(self) -> str:
         """What it is, where it can run."""
@@ -96,7 +97,7 @@ def parse_request(backend: str) -> str:
 
 def availability() -> dict[str, str | None]:
     """For every backend None if it can run here, or the reason why it cannot."""
-    return {**dict.fromkeys(NAMES), **_MISSING, **{n: _native(n).missing() for n in _NATIVE}}
+    return {**dict.fromkeys(NAMES), **{n: _native(n).missing() for n in _NATIVE}}
 
 
 def choose(request: str, device: torch.device, split: bool = False) -> Facts:
@@ -113,9 +114,13 @@ def choose(request: str, device: torch.device, split: bool = False) -> Facts:
     """
     reasons = availability()
     for name in _NATIVE:
-        if reasons[name] is None and not _native(name).steps_on(device):
+        if reasons[name] is not None:
+            continue
+        if _native(name).steps_on(device):
+            reasons[name] = _native(name).refusal(device)
+        else:
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
-        elif reasons[name] is None and split and name not in _STEP_PARTS:
+        if reasons[name] is None and split and name not in _STEP_PARTS:
             reasons[name] = f"the {name} backend does not step distributed tensors in this version"
     if request == "auto":
         return _choose_auto(device, reasons)
@@ -130,15 +135,16 @@ def choose(request: str, device: torch.device, split: bool = False) -> Facts:
 
 def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
     """The fastest backend that can run, else the reference with the reasons why it is not."""
+    wishes = []
     for name in _NATIVE:
         native = _native(name)
         if not native.steps_on(device):
             continue
         if reasons[name] is None:
             return Facts(name, two_sweep=True, why=f"auto on {device.type}: {native.describe()}")
-        wishes = [variable for variable in native.ENVIRONMENTS if os.environ.get(variable)]
-        if wishes:
-            raise RuntimeError(f"{wishes[0]} asks for the {name} backend, but {reasons[name]}")
+        wishes += [(v, name) for v in native.ENVIRONMENTS if os.environ.get(v)]
+    for variable, name in wishes:
+        raise RuntimeError(f"{variable} asks for the {name} backend, but {reasons[name]}")
     others = "; ".join(reason for reason in reasons.values() if reason is not None)
     return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")
 

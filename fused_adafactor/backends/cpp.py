@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_adafactor import building
 from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
+from fused_adafactor.fields import DTYPES
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
@@ -48,15 +50,7 @@ ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
-_LIBRARY = Path(__file__).parent.parent / "libfused_adafactor.so"
 _MAX_DIMS = 8
-_DTYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float64: 3,
-    torch.int8: 4,  # in blocks
-}
 _EPS1_RULES = {Eps1Rule.ADD: 0, Eps1Rule.CLAMP: 1}
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 _DECAYS = {DecayFactor.ALPHA: 1, DecayFactor.LR: 2, DecayFactor.ONE: 3}
@@ -139,12 +133,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: It was built for another version of this package.
         ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
     """
-    native = ctypes.CDLL(str(_library_path()))
-    found = native.fused_adafactor_abi_version()
-    if found != ABI_VERSION:
-        raise RuntimeError(
-            f"{_library_path().name} has ABI version {found}, expected {ABI_VERSION}; reinstall"
-        )
+    native = building.load_library(_library_path(), "fused_adafactor_abi_version", ABI_VERSION)
     native.fused_adafactor_run.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64),  # items
         *(ctypes.c_void_p, ctypes.c_int64),  # tensors
@@ -164,18 +153,22 @@ def library() -> ctypes.CDLL:
 
 
 def _library_path() -> Path:
-    return Path(os.environ.get(LIBRARY_ENVIRONMENT) or _LIBRARY)
+    named = os.environ.get(LIBRARY_ENVIRONMENT)
+    return Path(named) if named else building.find_library("cpp")
 
 
 def missing() -> str | None:
     """Why this backend cannot run, or None."""
-    path = _library_path()
-    if not path.exists():
-        if path != _LIBRARY:
-            return f"{LIBRARY_ENVIRONMENT} is {path}, which is not there"
-        return "the native library was not built (no C++ compiler when the package was installed)"
+    named = os.environ.get(LIBRARY_ENVIRONMENT)
+    if named and not Path(named).exists():
+        return f"{LIBRARY_ENVIRONMENT} is {named}, which is not there"
     try:
         library()
+    except FileNotFoundError:
+        return (
+            "the native library was not built (no C++ compiler when the package was installed; "
+            "where there is one, `python -m fused_adafactor build --backend cpp` does it)"
+        )
     except (OSError, RuntimeError, ValueError) as error:
         return str(error)
     return None
@@ -184,6 +177,11 @@ def missing() -> str | None:
 def steps_on(device: torch.device) -> bool:
     """Whether tensors of a device can be stepped: those of a CPU."""
     return device.type == "cpu"
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why it cannot run on a device of these, or None: there is only one."""
+    return None
 
 
 def facts() -> dict[str, str | int]:
@@ -446,13 +444,13 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.form = geometry.form
     record.matrix_rows, record.matrix_cols = geometry.matrix
     record.swapped = geometry.swapped
-    record.param_dtype = _DTYPES[spec.param_dtype]
-    record.grad_dtype = _DTYPES[spec.grad_dtype]
-    record.math_dtype = _DTYPES[spec.math_dtype]
-    record.moment_dtype = _DTYPES[b.rule.moment_dtype(spec.param_dtype)]
-    record.exp_avg_dtype = _DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
+    record.param_dtype = DTYPES[spec.param_dtype]
+    record.grad_dtype = DTYPES[spec.grad_dtype]
+    record.math_dtype = DTYPES[spec.math_dtype]
+    record.moment_dtype = DTYPES[b.rule.moment_dtype(spec.param_dtype)]
+    record.exp_avg_dtype = DTYPES[b.rule.momentum_dtype(spec.param_dtype)]
     record.param_index = spec.id.index
-    record.mirror_dtype = _DTYPES[spec.mirror_dtype or spec.param_dtype]
+    record.mirror_dtype = DTYPES[spec.mirror_dtype or spec.param_dtype]
     record.slabs, record.lines_per_slab = geometry.slabs, geometry.lines_per_slab
     record.measures = b.rule.clip_threshold is not None
     record.measures_param_rms = b.rule.measures_param_rms

@@ -25,12 +25,27 @@ if TYPE_CHECKING:
     from fused_adafactor.cli.kernel_cases import Case
 
 
+# By target, the largest shared memory of a program: CUDA's programming guide, CDNA 3's ISA.
+SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+TARGETS = {
+    "triton": ("sm_80", "sm_90", "sm_100", "gfx942"),
+    "cuda": ("sm_80", "sm_90", "sm_100", "sm_120"),
+}
+WIDE = 16  # bytes: the widest access that all of them have
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel for a target; see ``backends.triton.offline.Report``.
+    """A kernel of Triton's for a target, or a function of the CUDA library's kernels.
 
     Attributes:
-        kernel: Its name: of the first case that it was found in.
+        kernel: Its name; of the first case that it was found in.
         target: ``sm_90``, say.
         registers: Of a thread.
         shared_bytes: Of a program.
@@ -51,13 +66,11 @@ class Kernel:
 
     def faults(self) -> Iterator[str]:
         """What is wrong with it."""
-        from fused_adafactor.backends.triton.offline import TARGETS, WIDE
-
         if self.spill_bytes:
             yield f"spills {self.spill_bytes} bytes"
         if self.streaming and self.widest_access_bytes < WIDE and self.target.startswith("sm_"):
             yield f"accesses {self.widest_access_bytes} bytes at a time"
-        if self.shared_bytes > TARGETS[self.target]:
+        if self.shared_bytes > SHARED_BYTES[self.target]:
             yield f"wants {self.shared_bytes} bytes of shared memory"
 
 
@@ -74,15 +87,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command to a parser."""
     text = "compile kernels for GPUs that are not here, and check what comes out"
     parser = commands.add_parser("codegen", help=text, description=f"{text.capitalize()}.")
-    parser.add_argument("--backend", choices=("triton",), default="triton")
+    parser.add_argument("--backend", choices=tuple(TARGETS), default="triton")
     parser.add_argument(
-        "--target", nargs="+", metavar="GPU", help="sm_80, sm_90, sm_100, gfx942 (default: all)"
+        "--target",
+        nargs="+",
+        metavar="GPU",
+        help="sm_80, sm_90, sm_100, gfx942 (Triton), sm_120 (CUDA); default: all",
     )
     parser.add_argument(
-        "--all", action="store_true", help="every combination; takes hours, and not minutes"
+        "--all",
+        action="store_true",
+        help="every combination of Triton's; takes hours, and not minutes",
     )
     parser.add_argument(
-        "--match", default="", metavar="TEXT", help="only cases with this text in their names"
+        "--match", default="", metavar="TEXT", help="only those with this text in their names"
     )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at a time"
@@ -97,19 +115,37 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0, or 1 if a kernel is not as it should be, or none can be compiled.
     """
-    obstacle = _obstacle()
-    if obstacle is not None:
-        print(f"codegen: {obstacle}", file=sys.stderr)
+    known = TARGETS[args.backend]
+    targets = args.target or list(known)
+    unknown = [target for target in targets if target not in known]
+    if unknown:
+        accepted = ", ".join(known)
+        print(f"codegen: --target must be of {accepted}, got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    if args.backend == "cuda":
+        from fused_adafactor.cli.cuda_library import obstacle, report
+
+        reason, make = obstacle(targets), report
+    else:
+        reason, make = _obstacle(), _report_of_triton
+    if reason is not None:
+        print(f"codegen: {reason}", file=sys.stderr)
         return 1
-    from fused_adafactor.backends.triton.offline import TARGETS
+    kernels, failures = make(targets, args)
+    failures += [f"{k.kernel} for {k.target} {fault}" for k in kernels for fault in k.faults()]
+    record = {"kernels": [asdict(kernel) for kernel in kernels]}
+    print(json.dumps(record, indent=1) if args.json else as_text(kernels))
+    for failure in failures:
+        print(f"codegen: {failure}", file=sys.stderr)
+    return 1 if failures or not kernels else 0
+
+
+def _report_of_triton(
+    targets: Sequence[str], args: argparse.Namespace
+) -> tuple[list[Kernel], list[str]]:
+    """Kernels that were compiled, and why others were not."""
     from fused_adafactor.cli.kernel_cases import all_cases, default_cases
 
-    targets = args.target or list(TARGETS)
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown:
-        known = ", ".join(TARGETS)
-        print(f"codegen: --target must be of {known}, got {unknown[0]!r}", file=sys.stderr)
-        return 2
     cases = all_cases() if args.all else default_cases()
     chosen = {case: its for case, its in cases.items() if args.match in str(case)}
     work = work_of(chosen, targets)
@@ -121,16 +157,11 @@ def run(args: argparse.Namespace) -> int:
             else:
                 failures.append(f"{what.name} for {what.target}: {made}")
             bar.advance(what.target)
-    failures += [f"{k.kernel} for {k.target} {fault}" for k in kernels for fault in k.faults()]
-    record = {"kernels": [asdict(kernel) for kernel in kernels]}
-    print(json.dumps(record, indent=1) if args.json else as_text(kernels))
-    for failure in failures:
-        print(f"codegen: {failure}", file=sys.stderr)
-    return 1 if failures or not kernels else 0
+    return kernels, failures
 
 
 def _obstacle() -> str | None:
-    """Why nothing can be compiled, or None."""
+    """Why nothing of Triton's can be compiled, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     from fused_adafactor.backends.triton import INTERPRETER_ENVIRONMENT, interprets

@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from fused_adafactor import __version__, backends
-    from fused_adafactor.backends import cpp as native
+    from fused_adafactor.backends import cpp, cuda
 
     return {
         "versions": {
@@ -78,7 +78,8 @@ def collect() -> dict[str, Any]:
             name: {"available": reason is None, "reason": reason}
             for name, reason in backends.availability().items()
         },
-        "native": native.facts() if native.missing() is None else None,
+        "native": cpp.facts() if cpp.missing() is None else None,
+        "cuda": cuda.facts() if cuda.missing() is None else None,
         "self_checks": [asdict(self_check(device)) for device in _devices()],
     }
 
@@ -92,6 +93,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"backend {name:<10} {backend['reason'] or 'available'}")
         if name == "cpp" and report["native"] is not None:
             lines[-1] += ": {library}, {isa}, {threads} threads".format(**report["native"])
+        if name == "cuda" and report["cuda"] is not None:
+            lines[-1] += ": {library}, {launch} launch".format(**report["cuda"])
     lines.append("")
     for check in report["self_checks"]:
         verdict = "ok" if check["passed"] else "FAILED"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from fused_adafactor.backends.triton import LAUNCHES
 from fused_adafactor.joining import joins
+from fused_adafactor.launching import LAUNCHES, Executor
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.plan import Activity, Facts, make_plan
 from fused_adafactor.slabs import ItemKind
@@ -226,7 +226,7 @@ def all_cases() -> dict[Case, tuple[str, ...]]:
 
 def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:
     """The kernels of a case, with their names."""
-    from fused_adafactor.backends.triton.executor import Executor
+    from fused_adafactor.backends.triton.launcher import TritonLauncher
     from fused_adafactor.backends.triton.offline import source_of
 
     optimizer = case.optimizer()
@@ -238,15 +238,17 @@ def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:
     bindings = [
         optimizer._engine.bind(t, planned) for t, planned in zip(tasks, plan.tensors, strict=True)
     ]
-    executor = Executor(bindings, plan.segments, case.launch_form)
+    launcher = TritonLauncher(tasks[0].spec, case.launch_form)
+    executor = Executor(bindings, plan.segments, launcher)
     launches = [launch for phases in plan.segments for launch in executor.launches_of(phases)]
     rule = tasks[0].cohort.rule
     if rule.accumulation_steps > 1:
         launches += executor.launches_of_activity(Activity.ACCUMULATE)
     if rule.weight_average is not None:
         launches += executor.launches_of_activity(Activity.AVERAGE)
-    for launch in launches:
-        source = source_of(executor, launch)
+    for launch, _ in launches:
+        arguments = executor.arguments(launch, executor.no_factors, executor.no_skips)
+        source = source_of(launcher.kernel_of(launch), arguments)
         yield f"{case} {_words(source.variant)}", source
 
 

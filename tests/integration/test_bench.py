@@ -415,6 +415,28 @@ def test_detail_checks_the_rule_without_the_scale_too(
     assert run_bench("--case", "stack", "--detail", "--json", str(path)) == 1
 
 
+def test_another_backend_is_timed_beside_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = (*DETAIL, "--against", "reference")
+    (case,) = measured(tmp_path / "bench.json", *options)["cases"]
+    name = f"{peers.AGAINST}reference"
+    assert case["times"][name]["median_ms"] > 0
+    assert case["device_times"][name]["graph_ms"] > 0
+    # Where it is wrong it is not timed, and ours is.
+    right, seen = bench.check_parity, []
+
+    def wrong_the_last_time(*args: Any, **options: Any) -> Parity:
+        seen.append(args)
+        return wrong() if len(seen) == 3 else right(*args, **options)
+
+    monkeypatch.setattr(bench, "check_parity", wrong_the_last_time)
+    (case,) = measured(tmp_path / "bench.json", *options)["cases"]
+    assert name not in case["times"]
+    assert OURS in case["times"]
+    assert case["absent"] == {name: "parity: error 0.5, bound 1.0e-06"}
+
+
 def test_who_fails_apart_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
         bench, "measure_device", lambda *args: ({}, {OURS: "RuntimeError: out of order"})

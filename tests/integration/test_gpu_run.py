@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 
 from bench import gpu, targets
+from fused_adafactor import building
+from fused_adafactor.backends import cuda
 from fused_adafactor.cli.bench.cases import GPU_CASES
 from fused_adafactor.cli.bench.device_time import DeviceTime
 from fused_adafactor.cli.bench.measure import StepTime
 from fused_adafactor.cli.bench.parity import Parity
 from fused_adafactor.cli.bench.peers import (
+    AGAINST,
     CLIPPED,
     OURS,
     TORCH_CLIPPED,
@@ -31,7 +34,7 @@ from fused_adafactor.cli.bench.roofs import ROOFS
 
 def new_run(out: Path, **options: Any) -> gpu.Run:
     options = {"seconds": 100.0, "shards": 1, "dry": True} | options
-    return gpu.Run("cpu", "reference", out, **options)
+    return gpu.Run("cpu", "reference", None, out, **options)
 
 
 @pytest.mark.slow
@@ -42,6 +45,7 @@ def test_a_dry_run_goes_through_every_part(
     assert gpu.main([*options, "--seconds", "300", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary-cpu.json").read_text(encoding="utf-8"))
     assert {part["part"]: part["status"] for part in summary["parts"]} == {
+        "build": "skipped",
         "info": "passed",
         "correctness": "passed",
         "sanitizer": "skipped",
@@ -58,7 +62,7 @@ def test_a_dry_run_goes_through_every_part(
     assert device["copy_gb_per_s"] > 0
     assert {"host_us", "there_and_back_us", "device_in_graph_us"} == set(device["launch"])
     assert {entry["streamed_mb"] for entry in device["rereads"]} == {0, 1}
-    for part in ("correctness-0", "correctness-1"):
+    for part in ("correctness-reference-0", "correctness-reference-1"):
         lines = (tmp_path / f"{part}-cpu.jsonl").read_text(encoding="utf-8").splitlines()
         assert any(json.loads(line)["outcome"] == "passed" for line in lines)
     printed = capsys.readouterr().out
@@ -178,7 +182,9 @@ def test_behind_it():
 """
 
 
-def outcome_of(tests: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[gpu.Run, str]:
+def outcome_of(
+    tests: str, monkeypatch: pytest.MonkeyPatch, folder: Path, against: str | None = None
+) -> tuple[gpu.Run, str]:
     """Take tests of one's own as those of the GPU; the run, and the note of it."""
     file = folder / "tests" / "test_hard.py"
     file.parent.mkdir()
@@ -188,6 +194,7 @@ def outcome_of(tests: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> tup
     monkeypatch.setattr(gpu, "_PYTEST", (*command, *plugin))
     monkeypatch.setattr(gpu, "_LONGEST_TEST", 2.0)
     run = new_run(folder, seconds=200.0, dry=False)
+    run.against = against
     status, note = gpu.correctness(run)
     assert status == "failed"
     return run, note
@@ -214,8 +221,78 @@ def test_tests_are_taken_up_behind_one_that_hangs_or_dies(
         "test_hangs: E the process ended in it: exit status 1",
         "test_takes_the_process_with_it: E the process ended in it: exit status 7",
     ]
-    traces = run.file("correctness-0", "jsonl.hung").read_text(encoding="utf-8")
+    traces = run.file("correctness-reference-0", "jsonl.hung").read_text(encoding="utf-8")
     assert "test_hangs" in traces
+
+
+OF_ONE_BACKEND = """
+from tests.gpu import device
+
+
+def test_of_one():
+    assert device.BACKEND == "reference", "this one is wrong"
+"""
+
+
+def test_each_backend_has_processes_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, note = outcome_of(OF_ONE_BACKEND, monkeypatch, tmp_path, against="cpp")
+    head, failure = note.splitlines()
+    assert head.endswith("1 failed, 1 passed")
+    assert failure.strip().startswith("cpp: ")
+    assert "this one is wrong" in failure
+
+
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) exec echo 1 ;;
+  --list-gpu-arch) exec echo compute_90 ;;
+esac
+for last; do :; done
+echo "$@" > "$last"
+exit {status}
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "installed", "expected", "against"),
+    [
+        (0, False, ("passed", "for sm_90"), "cuda"),
+        (3, True, ("failed", "exit status 1"), None),
+        (None, True, ("passed", "installed"), "cuda"),
+        (None, False, ("skipped", "there is no nvcc, and it was not built"), None),
+    ],
+)
+def test_the_library_is_built_for_the_device_where_it_can_be(
+    compiler: int | None,
+    installed: bool,
+    expected: tuple[str, str],
+    against: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC.format(status=compiler))
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv(cuda.LIBRARY_ENVIRONMENT, raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "missing", lambda: None if installed else "it was not built")
+    if compiler is None:
+        monkeypatch.setattr(building, "nvcc_path", lambda: None)
+    run = new_run(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    run.against = "cuda"
+    assert gpu.build(run) == expected
+    assert run.against == against
+    if compiler == 0:
+        library = Path(run.env[cuda.LIBRARY_ENVIRONMENT])
+        assert library.is_relative_to(tmp_path / "out")
+        assert library.exists()
+    else:
+        assert not run.env
 
 
 def test_tests_that_had_no_time_are_a_failure() -> None:
@@ -245,10 +322,10 @@ sys.exit({memcheck} if check == "memcheck" else {racecheck})
 @pytest.mark.parametrize(
     ("memcheck", "racecheck", "expected"),
     [
-        (0, 0, ("passed", "memcheck: clean, racecheck: clean")),
-        (9, 0, ("failed", "memcheck: exit status 9, racecheck: clean")),
-        (0, 9, ("failed", "memcheck: clean, racecheck: exit status 9")),
-        (0, "time.sleep(60)", ("passed", "memcheck: clean, racecheck: out of time")),
+        (0, 0, ("passed", "reference: memcheck: clean, racecheck: clean")),
+        (9, 0, ("failed", "reference: memcheck: exit status 9, racecheck: clean")),
+        (0, 9, ("failed", "reference: memcheck: clean, racecheck: exit status 9")),
+        (0, "time.sleep(60)", ("passed", "reference: memcheck: clean, racecheck: out of time")),
     ],
 )
 def test_the_sanitizer_checks_a_few_steps(
@@ -317,6 +394,15 @@ def test_a_row_has_the_ratios_of_its_case() -> None:
         missed=[],
     )
     assert targets.as_table([row]).endswith("  met")
+    assert row.against_over_ours is None
+
+
+def test_a_row_compares_backends_in_a_graph() -> None:
+    case = record()
+    assert case.device_times is not None
+    apart = case.device_times | {f"{AGAINST}cuda": DeviceTime(0.05, 9.0, 0.12)}
+    row = targets.row_of(record(device_times=apart), 3000.0)
+    assert row.against_over_ours == pytest.approx(0.8)
 
 
 def test_what_is_missed_is_said() -> None:

@@ -1,8 +1,9 @@
-"""Tests of the Triton kernels without a GPU: in Triton's interpreter, on tensors of a CPU.
+"""Tests of the kernels of GPUs without a GPU, on tensors of a CPU: in either of two ways.
 
-Triton reads ``TRITON_INTERPRET`` when it is imported, so these tests have a process of their own:
-``make test-interpret``. Without the variable none of them is collected, and with it nothing else;
-``tests/conftest.py`` sees to that.
+Triton's run in Triton's interpreter. It reads ``TRITON_INTERPRET`` when it is imported, so that is
+a process of its own, ``make test-interpret``, where nothing else is collected;
+``tests/conftest.py`` sees to that. Without the variable the same tests are of the CUDA kernels, in
+their emulation: ``tests/emulated.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from fused_adafactor.backends import cuda
 from fused_adafactor.backends import triton as backend
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
+from tests import emulated
 from tests.interpret.small import SMALL, use
 
 # A program that waits for what comes later waits for ever: one program runs after the other here.
@@ -23,13 +27,14 @@ _LONGEST = 120.0
 def pytest_report_header() -> str:
     if backend.interprets():
         return "Triton's interpreter"
-    return "needs TRITON_INTERPRET=1 and a process of its own: make test-interpret"
+    return "CUDA kernels emulated; Triton's interpreter takes TRITON_INTERPRET=1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.interpreter)
+            if backend.interprets():
+                item.add_marker(pytest.mark.interpreter)
             # NumPy tells of every 1 / 0 that a mask, or the rule itself, takes care of.
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
@@ -39,6 +44,25 @@ if backend.interprets():
 
     patch_once_a_launch()
     patch_scans_for_the_largest()
+
+
+@pytest.fixture(scope="session")
+def library_of_host() -> Path:
+    """The CUDA kernels, compiled for this machine."""
+    return emulated.library()
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Those that are tested, where Triton does not interpret its own."""
+    if backend.interprets():
+        yield
+        return
+    named = str(request.getfixturevalue("library_of_host"))
+    monkeypatch.setenv(cuda.LIBRARY_ENVIRONMENT, named)
+    cuda.library.cache_clear()
+    yield
+    cuda.library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +78,8 @@ def _not_for_ever() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture(params=backend.LAUNCHES)
+@pytest.fixture(params=LAUNCHES)
 def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to launch the kernels, one after the other."""
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, request.param)
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, request.param)
     return str(request.param)

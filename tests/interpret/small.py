@@ -12,12 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_adafactor.backends import triton
 from fused_adafactor.tickets import GPU_CUT, Tuning
 from tests.dialects import TORCH
 from tests.kernels import biting
 from tests.kernels.biting import RULES, draw
 from tests.kernels.judged import Judged, eps_of, params_in
 from tests.stepping import params_of, same_bits
+
+# Who is tested: what a process has set when it begins says so.
+BACKEND = "triton" if triton.interprets() else "cuda"
+of_triton = pytest.mark.skipif(BACKEND != "triton", reason="of Triton's launches only")
 
 SMALL = Tuning(
     cut=replace(
@@ -55,22 +60,23 @@ SOME = [(7,), (3, 3), (9, 13), (5, 257), (2, 9, 70), (1025,)]
 
 def use(monkeypatch: pytest.MonkeyPatch, tuning: Tuning) -> None:
     """Cut tensors by other sizes."""
-    executor = importlib.import_module("fused_adafactor.backends.triton.executor")
-    monkeypatch.setattr(executor, "TUNING", tuning)
+    name = "triton.launcher" if BACKEND == "triton" else BACKEND
+    launcher = importlib.import_module(f"fused_adafactor.backends.{name}")
+    monkeypatch.setattr(launcher, "TUNING", tuning)
 
 
-judged = functools.partial(biting.judged, backend="triton")
+judged = functools.partial(biting.judged, backend=BACKEND)
 
 
 def judged_of(dialect: Any, params: Sequence[Tensor], **options: Any) -> Judged:
-    return Judged(dialect, params, backend="triton", **options)
+    return Judged(dialect, params, backend=BACKEND, **options)
 
 
 def built(rule: str, params: Sequence[Tensor], **extras: Any) -> Any:
     """An optimizer of a rule; torch's eps1 is that of the dtype."""
     dialect, options = RULES[rule]
     eps = eps_of(params[0].dtype) if dialect is TORCH else {}
-    return dialect(params, **{"backend": "triton", **options, **eps, **extras})
+    return dialect(params, **{"backend": BACKEND, **options, **eps, **extras})
 
 
 def run(

@@ -13,10 +13,21 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fused_adafactor import in_backward, joining
-from fused_adafactor.backends import triton as backend
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
 from fused_adafactor.rounding import RoundingKey, round_kahan, round_nearest, round_stochastic
 from tests.dialects import HF, KERAS
-from tests.interpret.small import FEW, SMALL, SOME, assert_same, built, results, run, use
+from tests.interpret.small import (
+    BACKEND,
+    FEW,
+    SMALL,
+    SOME,
+    assert_same,
+    built,
+    of_triton,
+    results,
+    run,
+    use,
+)
 from tests.kernels.biting import EVERY_RULE, RULES, draw
 from tests.kernels.judged import BF16, F16, F32, F64, params_in
 from tests.kernels.moments import (
@@ -54,8 +65,8 @@ def test_rounding_is_that_function_bit_for_bit(
     shapes = [s for s in ROUNDED if len(s) > 1] if lay_out is transposed else ROUNDED
     options: dict[str, Any] = {"lr": 2.0**-6, "scale_parameter": False, "weight_decay": 0.1}
     extras: dict[str, Any] = {} if rounding == "nearest" else {"rounding": rounding, "seed": 5}
-    low = HF(params_in(shapes, dtype, lay_out), backend="triton", **options, **extras)
-    twin = HF(params_in(shapes, F32, lay_out), backend="triton", **options)
+    low = HF(params_in(shapes, dtype, lay_out), backend=BACKEND, **options, **extras)
+    twin = HF(params_in(shapes, F32, lay_out), backend=BACKEND, **options)
     lost = [torch.zeros_like(p) for p in params_of(low)]
     for step in range(2):
         with torch.no_grad():
@@ -83,7 +94,7 @@ def test_an_average_that_overwrites_a_parameter_takes_its_compensation_with_it()
     """What rounding lost belongs to the value that is gone."""
     params = params_in(FEW, BF16)
     optimizer = KERAS(
-        params, backend="triton", rounding="kahan", use_ema=True, ema_overwrite_frequency=2
+        params, backend=BACKEND, rounding="kahan", use_ema=True, ema_overwrite_frequency=2
     )
     for step in range(2):
         for p, g in zip(params, draw(FEW, step, BF16), strict=True):
@@ -118,7 +129,7 @@ def test_values_that_are_hard_to_round(rounding: str, dtype: torch.dtype, expone
         for param, kwargs in ((low, {"rounding": rounding, "seed": 3}), (twin, {})):
             param.grad_dtype = None
             param.grad = sixteenths.float() * 2.0**-10
-            HF([param], scale_parameter=False, backend="triton", **options, **kwargs).step()
+            HF([param], scale_parameter=False, backend=BACKEND, **options, **kwargs).step()
         value = twin.detach()
         assert (value != start.float()).any()
         if rounding == "stochastic":
@@ -147,7 +158,7 @@ def test_numbers_of_every_kind_are_read_and_written_as_they_are(
     for rounding in ("nearest", "kahan"):
         param = torch.nn.Parameter(every.clone())
         param.grad = torch.zeros_like(param)
-        HF([param], scale_parameter=False, rounding=rounding, backend="triton").step()
+        HF([param], scale_parameter=False, rounding=rounding, backend=BACKEND).step()
         assert torch.equal(param.detach(), every)
 
 
@@ -160,14 +171,14 @@ MOMENT_SHAPES = [(7,), (2050,), (3, 3), (30, 5, 5), (9, 13), (5, 257), (2, 9, 70
 @pytest.mark.parametrize("rule", ROUNDED_RULES)
 @pytest.mark.usefixtures("launch")
 def test_second_moments_are_rounded_by_their_keys(rule: str) -> None:
-    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), "triton")
+    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), BACKEND)
 
 
 @pytest.mark.parametrize("lay_out", [transposed, strided, misaligned])
 @pytest.mark.parametrize("rule", ["hf", "no_factors"])
 def test_second_moments_of_any_layout_are_rounded_by_their_keys(rule: str, lay_out: Any) -> None:
     shapes = [s for s in MOMENT_SHAPES if len(s) > 1] if lay_out is transposed else MOMENT_SHAPES
-    assert_moments_rounded_by_their_keys(rule, params_in(shapes, F32, lay_out), "triton")
+    assert_moments_rounded_by_their_keys(rule, params_in(shapes, F32, lay_out), BACKEND)
 
 
 @pytest.mark.parametrize("extras", [{"max_grad_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
@@ -176,18 +187,18 @@ def test_second_moments_that_are_taken_late_are_rounded_by_their_keys(
     rule: str, extras: dict[str, Any]
 ) -> None:
     """Where they follow a norm, or where a step may be skipped."""
-    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), "triton", **extras)
+    assert_moments_rounded_by_their_keys(rule, params_in(MOMENT_SHAPES, F32), BACKEND, **extras)
 
 
 @EVERY_RULE
 def test_second_moments_are_those_of_the_reference_bit_for_bit(rule: str) -> None:
-    assert_moments_of_the_reference(rule, params_in(MOMENT_SHAPES, F64), "triton")
+    assert_moments_of_the_reference(rule, params_in(MOMENT_SHAPES, F64), BACKEND)
 
 
 @pytest.mark.parametrize("lay_out", [transposed, strided])
 def test_second_moments_of_any_layout_are_those_of_the_reference(lay_out: Any) -> None:
     shapes = [s for s in MOMENT_SHAPES if len(s) > 1]
-    assert_moments_of_the_reference("hf", params_in(shapes, F64, lay_out), "triton")
+    assert_moments_of_the_reference("hf", params_in(shapes, F64, lay_out), BACKEND)
 
 
 # --- the same bits -------------------------------------------------------------------------------
@@ -206,8 +217,8 @@ def test_both_launch_forms_have_the_same_bits(
     rule: str, dtype: torch.dtype, extras: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    for form in backend.LAUNCHES:
-        monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, form)
+    for form in LAUNCHES:
+        monkeypatch.setenv(LAUNCH_ENVIRONMENT, form)
         runs.append(run(rule, SOME, dtype, **extras))
     assert_same(*runs)
 
@@ -229,7 +240,7 @@ def test_a_tensor_does_not_feel_what_is_stepped_with_it(
     if rule == "keras-everything":
         pytest.skip("it clips by the norm of all gradients")
     together = run(rule, SOME, F32)
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, "phases")
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, "phases")
     for number, start in enumerate(params_in(SOME, F32)):
         optimizer = built(rule, [start])
         for step in range(2):
@@ -298,7 +309,7 @@ def test_a_pause_between_the_sweeps_changes_no_bit(monkeypatch: pytest.MonkeyPat
 def test_an_average_of_the_weights_changes_none_of_them(dtype: torch.dtype) -> None:
     runs = []
     for average in (False, True):
-        optimizer = KERAS(params_in(FEW, dtype), backend="triton", use_ema=average)
+        optimizer = KERAS(params_in(FEW, dtype), backend=BACKEND, use_ema=average)
         for step in range(2):
             for p, g in zip(params_of(optimizer), draw(FEW, step, dtype), strict=True):
                 p.grad = g
@@ -315,7 +326,7 @@ def test_gradients_that_move_to_another_address_change_no_bit() -> None:
     runs = []
     for lay_out in (contiguous, misaligned):
         optimizer: Any = dialect(
-            params_in(shapes, BF16), backend="triton", rounding="stochastic", **options
+            params_in(shapes, BF16), backend=BACKEND, rounding="stochastic", **options
         )
         for step in range(2):
             for p, g in zip(params_of(optimizer), draw(shapes, step, BF16), strict=True):
@@ -325,6 +336,7 @@ def test_gradients_that_move_to_another_address_change_no_bit() -> None:
     assert_same(*runs)
 
 
+@of_triton
 def test_the_compiler_is_told_of_an_alignment_only_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -343,7 +355,7 @@ def test_the_compiler_is_told_of_an_alignment_only_where_there_is_one(
 
     variants = importlib.import_module("fused_adafactor.backends.triton.variants")
     Variant = variants.Variant
-    monkeypatch.setattr("fused_adafactor.backends.triton.executor.step", Recorder())
+    monkeypatch.setattr("fused_adafactor.backends.triton.launcher.step", Recorder())
     for shape, lay_param, expected in (
         ((16, 16), contiguous, [True, True, True]),
         ((16, 16), misaligned, [False, False, False]),
@@ -353,28 +365,29 @@ def test_the_compiler_is_told_of_an_alignment_only_where_there_is_one(
     ):
         told.clear()
         (param,) = params_in([shape], F32, lay_param)
-        optimizer = HF([param], backend="triton")
+        optimizer = HF([param], backend=BACKEND)
         for lay_grad in (contiguous, misaligned, contiguous):
             param.grad = lay_grad(torch.ones(shape))
             optimizer.step()
         assert told == expected, (shape, lay_param)
 
 
+@of_triton
 def test_a_kernel_that_cannot_be_compiled_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two dtypes are two launches, and the first must not have run when the second fails."""
-    executor = importlib.import_module("fused_adafactor.backends.triton.executor")
+    launcher = importlib.import_module("fused_adafactor.backends.triton.launcher")
     compiled: list[object] = []
 
-    def compile_one(launch: object, *_: object) -> None:
-        compiled.append(launch)
+    def compile_one(kernel: object, *_: object) -> None:
+        compiled.append(kernel)
         if len(compiled) == 2:
             raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(executor.Launch, "compile", compile_one)
+    monkeypatch.setattr(launcher.TritonKernel, "compile", compile_one)
     params = [*params_in([(16, 16)], F32), *params_in([(16, 16)], BF16)]
-    optimizer = HF(params, backend="triton")
+    optimizer = HF(params, backend=BACKEND)
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -386,7 +399,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_everything_as_it_was(
 def test_autograd_sees_that_the_parameter_changed() -> None:
     (param,) = params_in([(3, 4)], F32)
     loss = (param * param).sum()
-    optimizer = HF([param], backend="triton")
+    optimizer = HF([param], backend=BACKEND)
     param.grad = torch.ones(3, 4)
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests import stepping
 from tests.blocks import lines_of
+from tests.interpret.small import BACKEND
 from tests.kernels.judged import growth
 from tests.moments import (
     RULES,
@@ -44,7 +45,7 @@ def turned(values: Tensor) -> Tensor:
 )
 def test_the_bits_are_the_oracles(rule: str, lay_out: Callable[[Tensor], Tensor]) -> None:
     """In float64, in which no sum is so wrong that an element is rounded another way."""
-    twins = Twins(rule, laid_out(SHAPES, F64, lay_out), backend="triton", tolerance=1e-12)
+    twins = Twins(rule, laid_out(SHAPES, F64, lay_out), backend=BACKEND, tolerance=1e-12)
     for step in range(2):
         twins.step(grads_for(params_of(twins.ours), step))
 
@@ -53,7 +54,7 @@ def test_the_bits_are_the_oracles(rule: str, lay_out: Callable[[Tensor], Tensor]
 def test_a_third_sweep_has_the_same_moment(rule: str, launch: str) -> None:
     """Where a norm is known only after the first sweep; and launched in both ways."""
     params = laid_out(SHAPES, F64, stepping.contiguous)
-    twins = Twins(rule, params, backend="triton", tolerance=1e-12, max_grad_norm=0.5)
+    twins = Twins(rule, params, backend=BACKEND, tolerance=1e-12, max_grad_norm=0.5)
     for step in range(2):
         twins.step(grads_for(params_of(twins.ours), step))
 
@@ -71,7 +72,7 @@ def stepped(rule: str, dtype: torch.dtype, backend: str, **extras: Any) -> Any:
 
 @pytest.mark.parametrize("rule", ["hf", "adafactor_pytorch", "big_vision"])
 def test_the_bits_are_the_references(rule: str) -> None:
-    ours, wanted = (stepped(rule, F64, backend) for backend in ("triton", "reference"))
+    ours, wanted = (stepped(rule, F64, backend) for backend in (BACKEND, "reference"))
     for p, q in zip(*map(params_of, (ours, wanted)), strict=True):
         assert same_bits(scale_of(ours, p), scale_of(wanted, q)), tuple(p.shape)
         assert same_bits(exp_avg_of(ours, p), exp_avg_of(wanted, q)), tuple(p.shape)
@@ -83,7 +84,7 @@ def test_float32_is_rounded_as_well_as_float64(rule: str, dtype: torch.dtype) ->
     """From one start: off by a 128th of a block's largest, and by what float32 is off itself."""
     dialect, options = RULES[rule]
     params = laid_out(SHAPES, dtype, stepping.contiguous)
-    ours = dialect(params, **options, momentum_dtype=I8, backend="triton")
+    ours = dialect(params, **options, momentum_dtype=I8, backend=BACKEND)
     twins = [torch.nn.Parameter(p.detach().double()) for p in params]
     exact = dialect(twins, **options, **unrounded(dialect, F64), backend="reference")
     for step in range(2):
@@ -113,7 +114,7 @@ def test_both_launches_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> No
     runs = []
     for form in ("persistent", "phases"):
         monkeypatch.setenv("FUSED_ADAFACTOR_LAUNCH", form)
-        runs.append(stepped("adafactor_pytorch", F32, "triton"))
+        runs.append(stepped("adafactor_pytorch", F32, BACKEND))
     for p, q in zip(*map(params_of, runs), strict=True):
         stepping.assert_same_values(dict(runs[0].state[p]), dict(runs[1].state[q]), "state")
         assert same_bits(p, q)
@@ -125,7 +126,7 @@ def test_both_launches_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_poison_is_seen_where_the_reference_sees_it(rule: str, poison: float) -> None:
     dialect, options = RULES[rule]
     runs = []
-    for backend in ("triton", "reference"):
+    for backend in (BACKEND, "reference"):
         params = laid_out(SHAPES, F64, stepping.contiguous)
         optimizer = dialect(params, **options, momentum_dtype=I8, backend=backend)
         for step in range(2):

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
+from fused_adafactor import fields as f
+from fused_adafactor import launching
 from fused_adafactor.backends import triton as backend
-from fused_adafactor.backends.triton import executor as executors
-from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT
 from fused_adafactor.tickets import LAUNCH_COUNTERS, scratch_of
 from tests.dialects import HF
-from tests.interpret.small import MIXED, SMALL, use
+from tests.interpret.small import MIXED, SMALL, of_triton, use
 from tests.kernels.biting import draw
 from tests.kernels.judged import BF16, F32, F64, params_in
+
+pytestmark = of_triton
 
 Areas = dict[int, tuple[int, int]]
 
@@ -31,7 +34,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, wave_bytes: int, **extras: Any) -> li
     optimizer = HF(params, backend="triton", **extras)
     for p, g in zip(params, [g for d in (F32, BF16, F64) for g in draw(shapes, 0, d)], strict=True):
         p.grad = g
-    monkeypatch.setattr(executors.Executor, "_launch", lambda *_: None)
+    monkeypatch.setattr(launching.Executor, "_launch", lambda *_: None)
     optimizer.step()
     assert len(made) == 2
     return made
@@ -41,7 +44,7 @@ def areas_of(executor: Any, group: Any) -> Areas:
     """First byte and end of the sums of each tensor of a group."""
     areas = {}
     for number, pieces in zip(group.numbers, group.pieces, strict=True):
-        first = int(executor.table[number, f.SUMS.value])
+        first = int(executor.table[number, f.SUMS])
         areas[number] = (first, scratch_of(pieces, executor.math_dtype.itemsize, first).end)
     return areas
 
@@ -66,14 +69,14 @@ def test_tensors_under_way_do_not_share_a_place(
                 near = by_wave[max(0, index - 2) : index + 1]
                 assert_apart([areas[number] for numbers in near for number in numbers])
                 rows = executor.table[wave]
-                counters = set(rows[:, f.WAVE.value].tolist())
+                counters = set(rows[:, f.WAVE].tolist())
                 assert counters == {LAUNCH_COUNTERS + index}
                 after, count = -1, 0
                 if index >= 3:
                     after = LAUNCH_COUNTERS + index - 3
                     count = sum(group.pieces[n].units for n in group.waves[index - 3])
-                assert set(rows[:, f.AFTER.value].tolist()) == {after}
-                assert set(rows[:, f.AFTER_COUNT.value].tolist()) == {count}
+                assert set(rows[:, f.AFTER].tolist()) == {after}
+                assert set(rows[:, f.AFTER_COUNT].tolist()) == {count}
 
 
 @pytest.mark.parametrize("extras", [{"clipnorm": 1.0}, {}], ids=str)
@@ -82,12 +85,12 @@ def test_sums_that_must_be_kept_are(
 ) -> None:
     """Where the first sweep of all tensors ends before the second begins, or launches follow."""
     if not extras:
-        monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, "phases")
+        monkeypatch.setenv(LAUNCH_ENVIRONMENT, "phases")
     for executor in bound(monkeypatch, 2000, **extras):
         areas = [a for group in executor.groups for a in areas_of(executor, group).values()]
         assert_apart(areas)
         assert max(end for _, end in areas) <= executor.scratch.numel()
-        assert set(executor.table[:, f.AFTER.value].tolist()) == {-1}
+        assert set(executor.table[:, f.AFTER].tolist()) == {-1}
 
 
 def test_counters_of_a_launch_are_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +98,7 @@ def test_counters_of_a_launch_are_each_its_own(monkeypatch: pytest.MonkeyPatch) 
         for group in executor.groups:
             used = [(0, LAUNCH_COUNTERS + len(group.waves))]
             for number, pieces in zip(group.numbers, group.pieces, strict=True):
-                first = int(executor.table[number, f.PROGRESS.value])
+                first = int(executor.table[number, f.PROGRESS])
                 used.append((first, first + pieces.counters))
             assert_apart(used)
             assert max(end for _, end in used) <= executor.counters.numel()
@@ -110,7 +113,7 @@ def test_many_waves_need_no_more_scratch_than_a_few(monkeypatch: pytest.MonkeyPa
             made: list[Any] = []
             bind = backend.bind
             patched.setattr(backend, "bind", lambda *args: made.append(bind(*args)) or made[-1])  # noqa: B023
-            patched.setattr(executors.Executor, "_launch", lambda *_: None)
+            patched.setattr(launching.Executor, "_launch", lambda *_: None)
             params = params_in([(30, 40)] * count, F32)
             for p in params:
                 p.grad = p.detach().clone()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_adafactor.backends import triton as backend
+from fused_adafactor import fields
 from tests import stepping
 from tests.dialects import HF, KERAS, KERAS_EXTRAS, OPTAX, TORCH, VARIANTS, Dialect
-from tests.interpret.small import FEW, MIXED, SMALL, built, judged, judged_of, use
+from tests.interpret.small import BACKEND, FEW, MIXED, SMALL, built, judged, judged_of, use
 from tests.kernels.biting import EVERY_RULE, RULES, conditioning, draw
 from tests.kernels.judged import BF16, F16, F32, F64, eps_of, params_in
 from tests.stepping import LAYOUTS, assert_close_metrics, params_of
@@ -250,7 +250,7 @@ def test_poison_spreads_as_in_the_reference(rule: str, poison: float) -> None:
     """Parameter and state are poisoned exactly where those of the reference are."""
     dialect, options = RULES[rule]
     runs = []
-    for name in ("triton", "reference"):
+    for name in (BACKEND, "reference"):
         optimizer = dialect(params_in(FEW, F32), backend=name, **options)
         for step in (0, 2):
             for p, g in zip(params_of(optimizer), draw(FEW, step, F32), strict=True):
@@ -303,9 +303,10 @@ def test_the_clamp_wherever_it_reaches(dtype: torch.dtype, spread: float) -> Non
 def test_the_clamp_reaches_as_far_as_the_test_above_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every class of a matrix occurs, so that each of their ways to Σ u² has been compared."""
     executors: list[Any] = []
-    bind = backend.bind
+    module = importlib.import_module(f"fused_adafactor.backends.{BACKEND}")
+    bind = module.bind
     monkeypatch.setattr(
-        backend, "bind", lambda *args: executors.append(bind(*args)) or executors[-1]
+        module, "bind", lambda *args: executors.append(bind(*args)) or executors[-1]
     )
     for spread in (0.0, 3.0, 6.0):
         for size in (1e-3, 0.1, 1.0, 10.0, 1e4):
@@ -314,12 +315,11 @@ def test_the_clamp_reaches_as_far_as_the_test_above_says(monkeypatch: pytest.Mon
                 spread_out([(3, 10, 13)], spread)[0].float().mul(size * torch.finfo(F32).eps)
             )
             pair.ours.step()
-    fields = importlib.import_module("fused_adafactor.backends.triton.fields")
     classes = set()
     for executor in executors:
-        place = int(executor.table[0, fields.MATRICES.value])
-        records = executor.scratch[place:].view(F64)[: 3 * fields.MATRIX_FIELDS.value].view(3, -1)
-        classes |= set(records[:, fields.MATRIX_CLAMP.value].tolist())
+        place = int(executor.table[0, fields.MATRICES])
+        records = executor.scratch[place:].view(F64)[: 3 * fields.MATRIX_FIELDS].view(3, -1)
+        classes |= set(records[:, fields.MATRIX_CLAMP].tolist())
     assert classes == {0.0, 1.0, 2.0, 3.0}
 
 
@@ -340,7 +340,7 @@ def test_a_row_or_a_block_next_to_nothing_does_not_stop_the_others(
     block[10:] *= scale
     for grad in (row.float(), block.float()):
         moves = []
-        for name in ("triton", "reference"):
+        for name in (BACKEND, "reference"):
             (param,) = params_in([(20, 40)], F32)
             before = param.detach().clone()
             param.grad = grad.clone()
@@ -398,7 +398,7 @@ def test_a_loss_scale_is_divided_out() -> None:
     for dialect, options in cases:
         runs = []
         for scale in (1.0, 1024.0):
-            optimizer: Any = dialect(params_in(FEW, F32), fused=True, backend="triton", **options)
+            optimizer: Any = dialect(params_in(FEW, F32), fused=True, backend=BACKEND, **options)
             for p, g in zip(params_of(optimizer), draw(FEW, 0, F32), strict=True):
                 p.grad = g * scale
             optimizer.grad_scale = torch.tensor(scale)

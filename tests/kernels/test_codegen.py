@@ -38,7 +38,7 @@ def work_named(name: str, target: str) -> list[codegen.Work]:
 
 @pytest.fixture(scope="module")
 def default_work() -> list[codegen.Work]:
-    return codegen.work_of(default_cases(), list(offline.TARGETS))
+    return codegen.work_of(default_cases(), list(codegen.TARGETS["triton"]))
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_json_is_one_record(capsys: pytest.CaptureFixture[str]) -> None:
         assert kernel["kernel"].startswith(match)
         assert kernel["target"] == "sm_90"
         assert 0 < kernel["registers"] <= 255
-        assert kernel["shared_bytes"] <= offline.TARGETS["sm_90"]
+        assert kernel["shared_bytes"] <= codegen.SHARED_BYTES["sm_90"]
     sweeps = [kernel for kernel in kernels if "finalize" not in kernel["kernel"]]
     assert all(kernel["streaming"] for kernel in sweeps)
     assert all(kernel["widest_access_bytes"] >= 16 for kernel in sweeps)
@@ -111,7 +111,7 @@ def test_every_switch_is_compiled_on_and_off(default_work: list[codegen.Work]) -
 
 def test_every_dialect_is_compiled_for_every_target() -> None:
     cases = default_cases()
-    for target in offline.TARGETS:
+    for target in codegen.TARGETS["triton"]:
         assert {case.dialect for case, targets in cases.items() if target in targets} == set(RULES)
 
 
@@ -125,24 +125,6 @@ def test_all_is_more_than_the_default() -> None:
     assert {case for case in default_cases() if case.possible} <= set(everything)
     assert {case.tensors for case in everything} == set(TENSORS)
     assert MODEL in TENSORS
-
-
-@pytest.mark.parametrize(
-    ("ptx", "widest"),
-    [
-        ("ld.global.b32 %r1, [%rd1];", 4),
-        ("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", 16),
-        ("@%p1 ld.global.L1::evict_last.v2.b64 { %rd1, %rd2 }, [ %rd3 + 0 ];", 16),
-        ("ld.global.v8.b32 { %r1 }, [ %rd3 + 0 ];", 32),
-        ("st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };", 16),
-        ("cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, %r2;", 8),
-        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16),
-        ("st.shared.v4.b32 [ %r1 ], { %r1, %r2, %r3, %r4 };", 0),
-        ("ld.global.gpu.acquire.b32 %r1, [%rd1];", 4),
-    ],
-)
-def test_reads_accesses_of_ptx(ptx: str, widest: int) -> None:
-    assert max(offline._ptx_accesses(ptx), default=0) == widest
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fused_adafactor import Adafactor, backends
+from fused_adafactor.backends import cuda
 from fused_adafactor.backends import triton as backend
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
 from fused_adafactor.spec import TensorId, spec_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -20,13 +22,14 @@ NO_GPU = "torch sees no GPU"
 
 @pytest.fixture(autouse=True)
 def _nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (backends.ENVIRONMENT, backend.LAUNCH_ENVIRONMENT, backend.INTERPRETER_ENVIRONMENT):
+    for name in (backends.ENVIRONMENT, LAUNCH_ENVIRONMENT, backend.INTERPRETER_ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine as it is told to be."""
+    """A machine as it is told to be, without the CUDA library."""
+    monkeypatch.setattr(cuda, "missing", lambda: "the CUDA library was not built")
     find = importlib.util.find_spec
 
     def has(*, triton: bool = True, gpu: bool = True, rocm: str | None = None) -> None:
@@ -53,7 +56,7 @@ def test_amd_takes_the_other_launch_form_unless_told(
 ) -> None:
     machine(rocm="6.4")
     assert "phases launch, not measured on AMD yet" in backends.choose("auto", CUDA).why
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, "persistent")
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, "persistent")
     assert "persistent launch, asked for" in backends.choose("auto", CUDA).why
 
 
@@ -80,11 +83,11 @@ def test_tensors_of_a_cpu_are_refused_where_there_is_a_gpu(machine: Any) -> None
     assert backends.choose("auto", CPU).backend != "triton"
 
 
-@pytest.mark.parametrize("form", backend.LAUNCHES)
+@pytest.mark.parametrize("form", LAUNCHES)
 def test_a_launch_form_that_was_asked_for_is_used(
     form: str, machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, form)
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, form)
     machine()
     assert backends.choose("auto", CUDA).why == f"auto on cuda: {form} launch, asked for"
 
@@ -92,9 +95,9 @@ def test_a_launch_form_that_was_asked_for_is_used(
 def test_a_launch_form_asks_for_triton_which_is_then_not_replaced(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, "phases")
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, "phases")
     machine(triton=False)
-    with pytest.raises(RuntimeError, match=f"{backend.LAUNCH_ENVIRONMENT} asks for .*{NO_TRITON}"):
+    with pytest.raises(RuntimeError, match=f"{LAUNCH_ENVIRONMENT} asks for .*{NO_TRITON}"):
         backends.choose("auto", CUDA)
     assert backends.choose("auto", CPU).backend != "triton"  # which it has nothing to say about
 
@@ -103,7 +106,7 @@ def test_a_launch_form_asks_for_triton_which_is_then_not_replaced(
 def test_an_unknown_launch_form_is_refused(
     request_: str, machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(backend.LAUNCH_ENVIRONMENT, "presistent")
+    monkeypatch.setenv(LAUNCH_ENVIRONMENT, "presistent")
     machine()
     with pytest.raises(RuntimeError, match="must be one of persistent, phases, got 'presistent'"):
         backends.choose(request_, CUDA)

@@ -40,6 +40,36 @@ FA_HD M new_moment(M old, M value, M beta2, M rest) {
   return fused(rest, value, beta2 * old);
 }
 
+// What enters a second moment: the mean of `count` g², or their sum, with eps1 added.
+template <class M>
+FA_HD M mean_or_sum(M total, M count, M added, bool sums) {
+  total += count * added;
+  return sums ? total : total / count;
+}
+
+template <class M>
+FA_HD M inverse_root(M x) {
+  return M(1) / M(sqrt(x));
+}
+
+// The smaller one; NaN stays.
+template <class M>
+FA_HD M at_most(M x, M limit) {
+  return x > limit ? limit : x;
+}
+
+// g, clipped by value; NaN passes.
+template <class M>
+FA_HD M clipped_by_value(M g, M limit) {
+  return g > limit ? limit : g < -limit ? -limit : g;
+}
+
+// AMSGrad's maximum; NaN of either stays.
+template <class M>
+FA_HD M new_maximum(M var, M old) {
+  return var > old || var != var ? var : old;
+}
+
 // A bfloat16 as the upper half of a float32.
 FA_HD float float_from_bits(uint32_t bits) {
   float value;
@@ -79,6 +109,21 @@ FA_HD float power_of_two(uint32_t scale) {
 // Philox-4x32-10: Salmon et al., SC 2011. Ten rounds of two products, with a key that moves on by these.
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
+
+// The four words of a counter become the random ones of a key.
+FA_HD void philox(uint32_t (&counter)[4], uint64_t key) {
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * counter[0];
+    const uint64_t product1 = uint64_t(kPhiloxMultiplier1) * counter[2];
+    counter[0] = uint32_t(product1 >> 32) ^ counter[1] ^ k0;
+    counter[1] = uint32_t(product1);
+    counter[2] = uint32_t(product0 >> 32) ^ counter[3] ^ k1;
+    counter[3] = uint32_t(product0);
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
+  }
+}
 
 // What is rounded: each has random bits of its own, as rounding.Stream says. They follow the name, not the layout: where
 // lines are columns, line_var is col_var. An unfactored var takes those of row_var.

@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fused_adafactor import launching
 from fused_adafactor.binding import Binding
-from fused_adafactor.plan import Activity, Phase
-from fused_adafactor.slabs import geometry_of
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, launch_form
+from fused_adafactor.plan import Phase
 from fused_adafactor.spec import TensorSpec
 from fused_adafactor.tickets import GPU_CUT
 
 if TYPE_CHECKING:
-    from fused_adafactor.backends.triton.executor import Executor
+    from fused_adafactor.backends.triton.launcher import TritonLauncher
 
-LAUNCH_ENVIRONMENT = "FUSED_ADAFACTOR_LAUNCH"
 INTERPRETER_ENVIRONMENT = "TRITON_INTERPRET"
 ENVIRONMENTS = (LAUNCH_ENVIRONMENT,)
-LAUNCHES = ("persistent", "phases")
-_MAX_DIMS = 8
 
 
 def missing() -> str | None:
@@ -48,26 +46,14 @@ def steps_on(device: torch.device) -> bool:
     return device.type == ("cpu" if interprets() else "cuda")
 
 
+def refusal(device: torch.device) -> str | None:
+    """Why it cannot run on a device of these, or None: Triton says so when it compiles."""
+    return None
+
+
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get(INTERPRETER_ENVIRONMENT) == "1"
-
-
-def launch_form() -> tuple[str, str]:
-    """How kernels are launched, ``persistent`` or ``phases``, and why.
-
-    Raises:
-        ValueError: FUSED_ADAFACTOR_LAUNCH names neither.
-    """
-    wanted = os.environ.get(LAUNCH_ENVIRONMENT)
-    if wanted:
-        if wanted not in LAUNCHES:
-            accepted = ", ".join(LAUNCHES)
-            raise ValueError(f"{LAUNCH_ENVIRONMENT} must be one of {accepted}, got {wanted!r}")
-        return wanted, "asked for"
-    if torch.version.hip is not None:
-        return "phases", "not measured on AMD yet"
-    return "persistent", "one launch for all tensors"
 
 
 def describe() -> str:
@@ -78,18 +64,11 @@ def describe() -> str:
 
 def obstacle(spec: TensorSpec) -> str | None:
     """Why it cannot step a tensor that has elements, or None."""
-    dims = len(geometry_of(spec, GPU_CUT).sizes)
-    if dims > _MAX_DIMS:
-        return f"has {dims} dimensions that cannot be merged, more than {_MAX_DIMS}"
-    if spec.mirror_dtype is not None:
-        return "has a mirror, which only the steps of a CPU write"
-    return None
+    return launching.obstacle(spec, GPU_CUT)
 
 
-def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> Executor:
+def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> launching.Executor:
     """Make an executor for tensors of one device and one math dtype, none of them empty."""
-    module = importlib.import_module(f"{__name__}.executor")
-    executor: Executor = module.Executor(bindings, segments, launch_form()[0])
-    if bindings[0].cohort.activity is Activity.UPDATE:
-        executor.prepare()
-    return executor
+    module = importlib.import_module(f"{__name__}.launcher")
+    launcher: TritonLauncher = module.TritonLauncher(bindings[0].planned.spec, launch_form()[0])
+    return launching.bind(bindings, segments, launcher)

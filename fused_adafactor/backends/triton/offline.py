@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,19 +22,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fused_adafactor.backends.triton.executor import Executor, Launch
 from fused_adafactor.backends.triton.kernel import step
+from fused_adafactor.backends.triton.launcher import TritonKernel
 from fused_adafactor.backends.triton.variants import Variant
+from fused_adafactor.launching import Arguments
+from fused_adafactor.ptx import accesses
 from fused_adafactor.slabs import ItemKind
 
-# By target, the largest shared memory of a program: CUDA's programming guide, CDNA 3's ISA.
-TARGETS = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
-WIDE = 16  # bytes: the widest access that all of them have
 _TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -71,13 +65,12 @@ class Source(NamedTuple):
         return self.variant.ALIGNED and any(self.variant.KINDS[kind] for kind in _SWEEPS)
 
 
-def source_of(executor: Executor, launch: Launch) -> Source:
-    """The kernel of a launch."""
-    arguments = executor.arguments(launch, executor.no_factors, executor.no_skips)
+def source_of(kernel: TritonKernel, arguments: Arguments) -> Source:
+    """What a kernel is compiled from for these arguments."""
     return Source(
-        launch.variant,
+        kernel.variant,
         types=tuple(_type_of(argument) for argument in arguments),
-        options=tuple(executor.options.items()),
+        options=tuple(kernel.options.items()),
     )
 
 
@@ -142,17 +135,7 @@ def _nvidia(asm: Mapping[str, Any]) -> tuple[int, int, int]:
         int(re.search(rf"\b{name}:(\d+)", usage)[1])  # type: ignore[index]
         for name in ("REG", "STACK", "LOCAL")
     )
-    return registers, stack + local, max(_ptx_accesses(asm["ptx"]), default=0)
-
-
-def _ptx_accesses(ptx: str) -> Iterator[int]:
-    """Bytes of the accesses to global memory."""
-    for modifiers in re.findall(r"\b(?:ld|st)\.global\.([\w.:]+)\s", ptx):
-        *others, type = modifiers.split(".")
-        count = next((int(word[1:]) for word in others if re.fullmatch(r"v\d", word)), 1)
-        yield count * int(type[1:]) // 8
-    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[\da-f]+|\d+)", ptx):
-        yield int(size, 0)
+    return registers, stack + local, max(accesses(asm["ptx"]), default=0)
 
 
 def _amd(asm: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -30,7 +30,7 @@ from fused_adafactor.cli.bench.features import (
 from fused_adafactor.cli.bench.measure import time_case
 from fused_adafactor.cli.bench.memory import measure_memory
 from fused_adafactor.cli.bench.parity import Parity, check_parity
-from fused_adafactor.cli.bench.peers import OURS, TORCH_PATHS, Candidate, candidates
+from fused_adafactor.cli.bench.peers import AGAINST, OURS, TORCH_PATHS, Candidate, candidates
 from fused_adafactor.cli.bench.plot import save_plots
 from fused_adafactor.cli.bench.record import CaseRecord, Record, case_record, empty_record, read
 from fused_adafactor.cli.bench.tables import (
@@ -82,6 +82,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="start no case after so many seconds, and go on where one fails",
     )
     measuring.add_argument("--backend", choices=backends.REQUESTS, default="auto", help="of ours")
+    measuring.add_argument(
+        "--against", choices=backends.NAMES, help="ours with this backend too, beside it"
+    )
     measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     measuring.add_argument(
         "--seconds",
@@ -116,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         Exit status: 0, or 1 if a parity check failed or what was asked for cannot be done.
     """
-    if args.features and (args.source or args.full or args.compile or args.detail or args.plot):
+    others = (args.source, args.full, args.compile, args.detail, args.plot, args.against)
+    if args.features and any(others):
         args.refuse(
             "--features measures ours alone: --case, --seconds, --json and --readme go with it"
         )
@@ -187,7 +191,7 @@ def _measure_features(args: argparse.Namespace) -> FeaturesRecord:
 
 
 def _measure(args: argparse.Namespace) -> Record:
-    everybody = candidates(args.backend, args.compile, args.detail)
+    everybody = candidates(args.backend, args.compile, args.detail, args.against)
     absent = {c.name: c.missing for c in everybody if c.missing is not None}
     record = empty_record(torch.device(args.device), args.backend, absent)
 
@@ -250,14 +254,18 @@ def _measure_case(
     plan = _plan_in_a_line(case, dtype, args)
     parity = check_parity(case, dtype, device, args.backend)
     if parity.passed and args.detail:
-        parity = max(
-            parity,
-            check_parity(case, dtype, device, args.backend, unscaled=True),
-            key=lambda check: check.share,
-        )
+        unscaled = check_parity(case, dtype, device, args.backend, unscaled=True)
+        parity = max(parity, unscaled, key=lambda check: check.share)
     if not parity.passed:
         return case_record(case, dtype, plan, parity, times=None, memory=None)
+    wrong = None
+    if args.against is not None:
+        wrong = _wrong(case, dtype, device, args.against)
+        if wrong is not None:
+            contestants = [c for c in contestants if c.name != AGAINST + args.against]
     times = time_case(case, dtype, device, contestants, args.seconds, on_progress)
+    if wrong is not None:
+        times.absent[AGAINST + args.against] = wrong
     counted = [c for c in contestants if c.name in (OURS, *TORCH_PATHS)]
     memory = measure_memory(counted, case, dtype, device)
     if not args.detail:
@@ -266,6 +274,15 @@ def _measure_case(
     apart, failed = measure_device(own, case, dtype, device, args.seconds)
     times.absent.update({f"{name}, apart": reason for name, reason in failed.items()})
     return case_record(case, dtype, plan, parity, times, memory, apart)
+
+
+def _wrong(case: Case, dtype: torch.dtype, device: torch.device, backend: str) -> str | None:
+    """Why another backend of ours is not timed, or None."""
+    try:
+        parity = check_parity(case, dtype, device, backend)
+    except Exception as error:
+        return traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    return None if parity.passed else f"parity: error {parity.error}, bound {parity.bound:.1e}"
 
 
 def _failed(case: Case, dtype: torch.dtype, error: Exception) -> CaseRecord:

@@ -34,6 +34,7 @@ TORCH_PATHS = ("torch.optim.Adafactor for-loop", "torch.optim.Adafactor foreach"
 YARDSTICK = "torch.optim.AdamW fused"
 COMPILED = "torch.compile of torch.optim.Adafactor"
 UNSCALED = "fused_adafactor.dialects.hf unscaled"
+AGAINST = "fused_adafactor.on "  # and the name of another backend
 CLIPPED, TORCH_CLIPPED = "fused_adafactor.max_grad_norm", "clip_grad_norm_ + torch.optim.foreach"
 
 # Above every norm, so that gradients that all share are multiplied by 1, which takes as long.
@@ -97,7 +98,7 @@ class Candidate:
 
 
 def candidates(
-    backend: str, compiled: bool = False, variants: bool = False
+    backend: str, compiled: bool = False, variants: bool = False, against: str | None = None
 ) -> tuple[Candidate, ...]:
     """Everything that is timed.
 
@@ -105,11 +106,12 @@ def candidates(
         backend: Of ours.
         compiled: torch.compile of torch's too.
         variants: Ours without the parameter's scale and with clipping too, and torch's with it.
+        against: Another backend of ours.
     """
     for_loop, foreach = TORCH_PATHS
 
-    def ours(params: Params, **options: Any) -> torch.optim.Optimizer:
-        return Adafactor(params, lr=_LR, backend=backend, **options)
+    def ours(params: Params, on: str = backend, **options: Any) -> torch.optim.Optimizer:
+        return Adafactor(params, lr=_LR, backend=on, **options)
 
     def adamw(params: Params, **options: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(params, lr=_LR, fused=True, **options)
@@ -132,6 +134,10 @@ def candidates(
         )
     if compiled:
         everybody += (replace(of_torch, name=COMPILED, compiled=True),)
+    if against is not None:
+        other = partial(ours, on=against)
+        capturable = partial(other, capturable=True)
+        everybody += (Candidate(f"{AGAINST}{against}", other, variant=True, capturable=capturable),)
     return everybody
 
 

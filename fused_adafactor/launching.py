@@ -1,27 +1,36 @@
-"""Tensors in tables on their device, and the launches that step them."""
+"""Tensors in tables on a GPU, and the launches that step them; what all backends of GPUs share.
+
+A backend supplies a ``Launcher``: how large the pieces are, which tensors a launch may have, and
+the kernel that takes its tickets.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from fused_adafactor.backends.triton import fields as f
-from fused_adafactor.backends.triton import interprets
-from fused_adafactor.backends.triton.kernel import step
-from fused_adafactor.backends.triton.tables import Sent, integers_row, numbers_row, tensor_row
-from fused_adafactor.backends.triton.variants import Variant, traits_of, variant_of
+from fused_adafactor import fields as f
 from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
-from fused_adafactor.slabs import Geometry, ItemKind, geometry_of
+from fused_adafactor.slabs import Cut, Geometry, ItemKind, geometry_of
+from fused_adafactor.spec import TensorSpec
+from fused_adafactor.tables import (
+    MAX_DIMS,
+    Sent,
+    integers_row,
+    is_capturing,
+    numbers_row,
+    tensor_row,
+)
 from fused_adafactor.tickets import (
     LAUNCH_COUNTERS,
     Item,
@@ -35,8 +44,10 @@ from fused_adafactor.tickets import (
     tickets_of,
     waves_of,
 )
+from fused_adafactor.traits import Traits, traits_of
 
-TUNING = Tuning()
+LAUNCH_ENVIRONMENT = "FUSED_ADAFACTOR_LAUNCH"
+LAUNCHES = ("persistent", "phases")
 # Executors that a CUDA graph has the addresses of: it may be replayed as long as the process lives.
 _captured: set[Executor] = set()
 # Waves under way, each with a place in the scratch: the one whose second sweep runs, the one whose
@@ -44,52 +55,136 @@ _captured: set[Executor] = set()
 _PLACES = 3
 
 
-@dataclass(kw_only=True, eq=False)
-class _Group:
-    """Tensors that are launched together: they have the same traits."""
+def launch_form() -> tuple[str, str]:
+    """How kernels are launched, ``persistent`` or ``phases``, and why.
 
-    traits: Variant
-    numbers: list[int]  # of its tensors
-    pieces: list[Pieces]
-    waves: list[list[int]]  # by place in the group
+    Raises:
+        ValueError: FUSED_ADAFACTOR_LAUNCH names neither.
+    """
+    wanted = os.environ.get(LAUNCH_ENVIRONMENT)
+    if wanted:
+        if wanted not in LAUNCHES:
+            accepted = ", ".join(LAUNCHES)
+            raise ValueError(f"{LAUNCH_ENVIRONMENT} must be one of {accepted}, got {wanted!r}")
+        return wanted, "asked for"
+    if torch.version.hip is not None:
+        return "phases", "not measured on AMD yet"
+    return "persistent", "one launch for all tensors"
+
+
+def obstacle(spec: TensorSpec, cut: Cut) -> str | None:
+    """Why a tensor that has elements has no row in the table, or None."""
+    dims = len(geometry_of(spec, cut).sizes)
+    if dims > MAX_DIMS:
+        return f"has {dims} dimensions that cannot be merged, more than {MAX_DIMS}"
+    if spec.mirror_dtype is not None:
+        return "has a mirror, which only the steps of a CPU write"
+    return None
+
+
+class Arguments(NamedTuple):
+    """What a kernel is called with: tables and tickets on the device, see ``fields.py``.
+
+    Attributes:
+        tickets: Where the items of each begin, and where those of the last one end.
+        items: Kind, tensor and unit of each.
+        table: Of tensors.
+        grads: Addresses of the gradients.
+        numbers: Of the rules.
+        integers: Of the rules.
+        factors: What each gradient is multiplied by, in the math dtype.
+        skips: 1 for each tensor of which nothing may be written.
+        scratch: Sums.
+        outcomes: What a step finds out of each tensor.
+        counters: All 0, and left so.
+        begin: First ticket.
+        end: The one behind the last.
+        counter_count: Of the counters.
+    """
+
+    tickets: Tensor
+    items: Tensor
+    table: Tensor
+    grads: Tensor
+    numbers: Tensor
+    integers: Tensor
+    factors: Tensor
+    skips: Tensor
+    scratch: Tensor
+    outcomes: Tensor
+    counters: Tensor
+    begin: int
+    end: int
+    counter_count: int
+
+
+class Kernel(Protocol):
+    """What takes the tickets of one launch."""
+
+    def compile(self, arguments: Arguments) -> None:
+        """Compile it for these arguments, unless it is compiled."""
+
+    def start(self, arguments: Arguments) -> None:
+        """Launch it on the current stream of the current device."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Launch:
-    """Tickets on the device, and the kernel that takes them.
+    """Tickets on the device, and what a kernel may have to know to take them.
 
     Attributes:
         tickets: Where the items of each begin, and where those of the last one end.
         items: Kind, tensor and unit of each.
         count: Of tickets.
         programs: That take them.
-        variant: What the kernel is compiled for.
+        kinds: Of items.
+        traits: Of the tensors.
+        pieces: Likewise.
+        waits: Whether items wait for each other.
+        joined: Whether the first sweep was another launch.
     """
 
     tickets: Tensor
     items: Tensor
     count: int
     programs: int
-    variant: Variant
-    kernel: Any = None  # once it is compiled
+    kinds: Sequence[ItemKind]
+    traits: Sequence[Traits]
+    pieces: Sequence[Pieces]
+    waits: bool
+    joined: bool
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Of its programs."""
-        return self.programs, 1, 1
 
-    def compile(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Compile it for these arguments, unless it is compiled, or interpreted."""
-        if self.kernel is None and not interprets():
-            self.kernel = step.warmup(*arguments, self.variant, grid=self.grid, **options)
+class Launcher(Protocol):
+    """What a backend supplies, for tensors of one device and one math dtype.
 
-    def start(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Launch it on the current stream of the current device."""
-        if self.kernel is None:
-            step[self.grid](*arguments, self.variant, **options)
-        else:
-            # Without looking for it in Triton's own cache, which takes longer.
-            self.kernel[self.grid](*arguments, self.variant)
+    Attributes:
+        tuning: Sizes, for that math dtype.
+        waits: Whether items wait for each other: the persistent form.
+        programs: Of a launch whose items do.
+    """
+
+    tuning: Tuning
+    waits: bool
+    programs: int
+
+    def tuning_of(self, traits: Traits) -> Tuning:
+        """Sizes for a tensor."""
+
+    def group_of(self, traits: Traits) -> Hashable:
+        """Equal for tensors that one launch may have."""
+
+    def kernel_of(self, launch: Launch) -> Kernel:
+        """What takes the tickets of a launch."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Group:
+    """Tensors that are launched together."""
+
+    numbers: list[int]  # of its tensors
+    pieces: list[Pieces]
+    waves: list[list[int]]  # by place in the group
 
 
 class Executor:
@@ -98,18 +193,20 @@ class Executor:
     Args:
         bindings: Of one device and one math dtype, none of them empty.
         segments: The phases of an update, as they will be run.
-        launch_form: ``persistent`` or ``phases``.
+        launcher: Of the backend.
     """
 
     def __init__(
-        self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]], launch_form: str
+        self,
+        bindings: Sequence[Binding],
+        segments: Sequence[tuple[Phase, ...]],
+        launcher: Launcher,
     ) -> None:
         """Cut all tensors, and lay out their sums and counters."""
         spec = bindings[0].planned.spec
         self.device, self.math_dtype = spec.device, spec.math_dtype
         self._refuse_capture()
-        self.tuning = TUNING.for_math(self.math_dtype)
-        self.waits = launch_form == "persistent"
+        self.launcher = launcher
         self.segments = segments
         self.params = [b.param for b in bindings]
         self.accumulators = [
@@ -119,22 +216,22 @@ class Executor:
         ]
         self.cohorts: list[tuple[Cohort, float]] = []
         rules = self._rules(bindings)
-        geometries = [geometry_of(b.planned.spec, self.tuning.cut) for b in bindings]
-        traits = [traits_of(b, g) for b, g in zip(bindings, geometries, strict=True)]
-        pieces = [self._pieces_of(g, t) for g, t in zip(geometries, traits, strict=True)]
-        self.groups = self._groups(bindings, pieces, traits)
+        geometries = [geometry_of(b.planned.spec, launcher.tuning.cut) for b in bindings]
+        self.traits = [traits_of(b, g) for b, g in zip(bindings, geometries, strict=True)]
+        pieces = [self._pieces_of(g, t) for g, t in zip(geometries, self.traits, strict=True)]
+        self.groups = self._groups(bindings, pieces)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
         capturable = any(isinstance(c.scalars.t, Tensor) for c, _ in self.cohorts)
         count, device = len(bindings), self.device
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
         self.grads = Sent(count, torch.int64, self.device, capturable)
-        numbers, integers = (n.value * len(self.cohorts) for n in (f.NUMBERS, f.INTEGERS))
+        numbers, integers = (n * len(self.cohorts) for n in (f.NUMBERS, f.INTEGERS))
         self.numbers = Sent(numbers, torch.float64, self.device, capturable)
         self.integers = Sent(integers, torch.int64, self.device, capturable)
-        self.outcomes = torch.zeros((count, f.OUTCOMES.value), dtype=torch.float64, device=device)
+        self.outcomes = torch.zeros((count, f.OUTCOMES), dtype=torch.float64, device=device)
         self.no_factors = torch.ones(count, dtype=self.math_dtype, device=device)
         self.no_skips = torch.zeros(count, dtype=torch.uint8, device=device)
-        self.launches: dict[object, list[Launch]] = {}
+        self.launches: dict[object, list[tuple[Launch, Kernel]]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
         """The rule of each tensor: its cohort, with its own eps1."""
@@ -150,34 +247,29 @@ class Executor:
             rules.append(numbers[key])
         return rules
 
-    def _tuning_of(self, traits: Variant) -> Tuning:
-        return self.tuning.for_blocks() if traits.EXP_AVG == tl.int8 else self.tuning
-
-    def _pieces_of(self, geometry: Geometry, traits: Variant) -> Pieces:
+    def _pieces_of(self, geometry: Geometry, traits: Traits) -> Pieces:
         return pieces_of(
             geometry,
-            self._tuning_of(traits),
-            measures=traits.MEASURES,
-            amsgrad_or_clamp=traits.AMSGRAD or traits.CLAMPS,
-            norm_clipped=traits.NORM_CLIPPED,
+            self.launcher.tuning_of(traits),
+            measures=traits.measures,
+            amsgrad_or_clamp=traits.amsgrad or traits.clamps,
+            norm_clipped=traits.norm_clipped,
         )
 
-    def _groups(
-        self, bindings: Sequence[Binding], pieces: Sequence[Pieces], traits: Sequence[Variant]
-    ) -> list[_Group]:
-        by_traits: dict[Variant, list[int]] = {}
-        for number, shared in enumerate(traits):
-            by_traits.setdefault(shared, []).append(number)
+    def _groups(self, bindings: Sequence[Binding], pieces: Sequence[Pieces]) -> list[_Group]:
+        together: dict[Hashable, list[int]] = {}
+        for number, traits in enumerate(self.traits):
+            together.setdefault(self.launcher.group_of(traits), []).append(number)
         groups = []
-        for shared, numbers in by_traits.items():
+        for numbers in together.values():
             sizes = [
                 bindings[n].planned.spec.numel
                 * (bindings[n].param.dtype.itemsize + bindings[n].planned.spec.grad_dtype.itemsize)
                 for n in numbers
             ]
-            waves = waves_of(sizes, self.tuning.wave_bytes)
+            waves = waves_of(sizes, self.launcher.tuning.wave_bytes)
             mine = [pieces[n] for n in numbers]
-            groups.append(_Group(traits=shared, numbers=numbers, pieces=mine, waves=waves))
+            groups.append(_Group(numbers=numbers, pieces=mine, waves=waves))
         return groups
 
     def _rows(
@@ -195,6 +287,7 @@ class Executor:
         rows: list[list[int]] = [[] for _ in bindings]
         counters = LAUNCH_COUNTERS
         end = 0
+        shares = shares and self.launcher.waits
         for group in self.groups:
             place_sizes = [0] * _PLACES
             for index, wave in enumerate(group.waves):
@@ -203,19 +296,21 @@ class Executor:
             places = [sum(place_sizes[:i]) for i in range(_PLACES)]
             group_counters = LAUNCH_COUNTERS + len(group.waves)
             for index, wave in enumerate(group.waves):
-                at = places[index % _PLACES] if shares and self.waits else end
+                at = places[index % _PLACES] if shares else end
                 for n in wave:
                     number, p = group.numbers[n], group.pieces[n]
                     scratch = scratch_of(p, self.math_dtype.itemsize, at)
                     at = scratch.end
-                    row = tensor_row(bindings[number], rules[number], p, scratch)
-                    row[f.PROGRESS.value] = group_counters
+                    row = tensor_row(
+                        bindings[number], rules[number], self.traits[number], p, scratch
+                    )
+                    row[f.PROGRESS] = group_counters
                     group_counters += p.counters
-                    row[f.WAVE.value] = LAUNCH_COUNTERS + index
-                    if shares and self.waits and index >= _PLACES:
+                    row[f.WAVE] = LAUNCH_COUNTERS + index
+                    if shares and index >= _PLACES:
                         before = group.waves[index - _PLACES]
-                        row[f.AFTER.value] = LAUNCH_COUNTERS + index - _PLACES
-                        row[f.AFTER_COUNT.value] = sum(group.pieces[m].units for m in before)
+                        row[f.AFTER] = LAUNCH_COUNTERS + index - _PLACES
+                        row[f.AFTER_COUNT] = sum(group.pieces[m].units for m in before)
                     rows[number] = row
                 end = max(end, at)
             counters = max(counters, group_counters)
@@ -232,19 +327,17 @@ class Executor:
         """Make and compile all that an update takes, so that it fails before any of it has run."""
         self.scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
         with _current(self.device):
-            for launch in (
-                launch for phases in self.segments for launch in self.launches_of(phases)
-            ):
-                arguments = self.arguments(launch, self.no_factors, self.no_skips)
-                launch.compile(arguments, self.options)
+            for phases in self.segments:
+                for launch, kernel in self.launches_of(phases):
+                    kernel.compile(self.arguments(launch, self.no_factors, self.no_skips))
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
         self._launch(self.launches_of(phases), exchange)
         if Phase.APPLY not in phases:
-            exchange.grad_sq = self.outcomes[:, f.GRAD_SQ.value].to(self.math_dtype, copy=True)
+            exchange.grad_sq = self.outcomes[:, f.GRAD_SQ].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
-            exchange.param_rms = self.outcomes[:, f.PARAM_RMS.value].to(self.math_dtype, copy=True)
+            exchange.param_rms = self.outcomes[:, f.PARAM_RMS].to(self.math_dtype, copy=True)
 
     def run_activity(self, activity: Activity, exchange: Exchange) -> None:
         """Run an activity that has no update."""
@@ -256,9 +349,9 @@ class Executor:
     def outcome(self) -> Outcome:
         """What the last update has found out."""
         fields = (f.PARAM_RMS, f.UPDATE_RMS, f.ALPHA)
-        return Outcome(*(self.outcomes[:, field.value] for field in fields))
+        return Outcome(*(self.outcomes[:, field] for field in fields))
 
-    def launches_of(self, phases: Sequence[Phase]) -> list[Launch]:
+    def launches_of(self, phases: Sequence[Phase]) -> list[tuple[Launch, Kernel]]:
         """What steps the tensors, in order; made when it is first asked for."""
         kinds = kinds_of(phases)
         joined = Phase.STATS not in phases
@@ -268,7 +361,7 @@ class Executor:
             ]
         return self.launches[kinds]
 
-    def launches_of_activity(self, activity: Activity) -> list[Launch]:
+    def launches_of_activity(self, activity: Activity) -> list[tuple[Launch, Kernel]]:
         """The same for an activity that has no update."""
         kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
         if kind not in self.launches:
@@ -282,14 +375,17 @@ class Executor:
             else:
                 accumulator.masked_fill_(~skip[number], 0.0)
 
-    def _launches(self, group: _Group, kinds: Sequence[ItemKind], joined: bool) -> list[Launch]:
-        if self.waits:
-            tickets = [tickets_of(group.pieces, group.waves, kinds, self.tuning)]
+    def _launches(
+        self, group: _Group, kinds: Sequence[ItemKind], joined: bool
+    ) -> list[tuple[Launch, Kernel]]:
+        waits, tuning = self.launcher.waits, self.launcher.tuning
+        if waits:
+            tickets = [tickets_of(group.pieces, group.waves, kinds, tuning)]
         else:
-            tickets = list(launches_of(group.pieces, kinds, self.tuning))
-        return [self._make(group, t, self.waits, joined) for t in tickets if t]
+            tickets = list(launches_of(group.pieces, kinds, tuning))
+        return [self._make(group, t, waits, joined) for t in tickets if t]
 
-    def _activity_launch(self, group: _Group, kind: ItemKind) -> Launch:
+    def _activity_launch(self, group: _Group, kind: ItemKind) -> tuple[Launch, Kernel]:
         tickets: list[Ticket] = [
             [(kind, n, unit)] for n, p in enumerate(group.pieces) for unit in range(p.units)
         ]
@@ -297,45 +393,41 @@ class Executor:
 
     def _refuse_capture(self) -> None:
         """Raise where tables cannot be made: nothing can be sent to them and kept."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             raise RuntimeError(
                 "step() is captured in a CUDA graph before it has stepped these tensors in this "
                 "way; take a step of the same kind outside of the graph first"
             )
 
-    def _make(self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool) -> Launch:
+    def _make(
+        self, group: _Group, tickets: list[Ticket], waits: bool, joined: bool
+    ) -> tuple[Launch, Kernel]:
         self._refuse_capture()
         items: list[Item] = [item for ticket in tickets for item in ticket]
         ends = [0]
         for ticket in tickets:
             ends.append(ends[-1] + len(ticket))
-        concerned = {n for _, n, _ in items}
-        pieces = [group.pieces[n] for n in sorted(concerned)]
-        kinds = sorted({kind for kind, _, _ in items})
+        concerned = sorted({n for _, n, _ in items})
         numbered = [(int(kind), group.numbers[n], unit) for kind, n, unit in items]
-        return Launch(
+        launch = Launch(
             tickets=torch.tensor(ends, dtype=torch.int32, device="cpu").to(self.device),
             items=torch.tensor(numbered, dtype=torch.int32, device="cpu").to(self.device),
             count=len(tickets),
-            programs=min(len(tickets), self._programs()) if waits else len(tickets),
-            variant=variant_of(
-                group.traits,
-                pieces,
-                self._tuning_of(group.traits),
-                kinds,
-                waits=waits,
-                joined=joined,
-            ),
+            programs=min(len(tickets), self.launcher.programs) if waits else len(tickets),
+            kinds=sorted({kind for kind, _, _ in items}),
+            traits=[self.traits[group.numbers[n]] for n in concerned],
+            pieces=[group.pieces[n] for n in concerned],
+            waits=waits,
+            joined=joined,
         )
+        return launch, self.launcher.kernel_of(launch)
 
-    def _programs(self) -> int:
-        """Programs that a persistent launch has."""
-        if self.device.type != "cuda":
-            return self.tuning.programs_per_processor  # interpreted, one after the other
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return processors * self.tuning.programs_per_processor
-
-    def _launch(self, launches: Sequence[Launch], exchange: Exchange, idle: bool = False) -> None:
+    def _launch(
+        self,
+        launches: Sequence[tuple[Launch, Kernel]],
+        exchange: Exchange,
+        idle: bool = False,
+    ) -> None:
         grads = _as_meant(exchange.grads)
         addresses = list(map(Tensor.data_ptr, grads))
         if reduce(or_, addresses, 0) % 16:
@@ -343,13 +435,13 @@ class Executor:
             addresses = list(map(Tensor.data_ptr, grads))
         factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
-        calls = [(launch, self.arguments(launch, factors, skips)) for launch in launches]
+        calls = [(kernel, self.arguments(launch, factors, skips)) for launch, kernel in launches]
         with _current(self.device):
-            for launch, arguments in calls:
-                launch.compile(arguments, self.options)
+            for kernel, arguments in calls:
+                kernel.compile(arguments)
             self._send(addresses, idle)
-            for launch, arguments in calls:
-                launch.start(arguments, self.options)
+            for kernel, arguments in calls:
+                kernel.start(arguments)
         self._stay_while_captured()
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
@@ -360,53 +452,59 @@ class Executor:
         Such are views into a buffer. A kernel that reads them as they are would add up in another
         order, and give other bits.
         """
-        must = {n for group in self.groups if group.traits.ALIGNED for n in group.numbers}
         return [
-            grad.clone() if number in must and grad.data_ptr() % 16 else grad
-            for number, grad in enumerate(grads)
+            grad.clone() if traits.aligned and grad.data_ptr() % 16 else grad
+            for grad, traits in zip(grads, self.traits, strict=True)
         ]
 
     def _stay_while_captured(self) -> None:
         """Keep the tables for good once a graph has been captured that reads them."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             _captured.add(self)
 
-    def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> tuple[Tensor | int, ...]:
-        """What a kernel is called with, but for its variant."""
-        return (
-            launch.tickets,
-            launch.items,
-            self.table,
-            self.grads.on_device,
-            self.numbers.on_device,
-            self.integers.on_device,
-            factors,
-            skips,
-            self.scratch,
-            self.outcomes,
-            self.counters,
-            0,
-            launch.count,
-            self.counters.numel(),
+    def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> Arguments:
+        """What a kernel is called with."""
+        return Arguments(
+            tickets=launch.tickets,
+            items=launch.items,
+            table=self.table,
+            grads=self.grads.on_device,
+            numbers=self.numbers.on_device,
+            integers=self.integers.on_device,
+            factors=factors,
+            skips=skips,
+            scratch=self.scratch,
+            outcomes=self.outcomes,
+            counters=self.counters,
+            begin=0,
+            end=launch.count,
+            counter_count=self.counters.numel(),
         )
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """What it is compiled with. a * b + c is one operation only where a formula says so."""
-        options: dict[str, int | bool] = {"num_warps": self.tuning.warps, "enable_fp_fusion": False}
-        if torch.version.hip is None:
-            # All that there are: NVIDIA's assembler would rather spill than hold one program less.
-            options["maxnreg"] = 255
-        return options
 
     def _send(self, addresses: Sequence[int], idle: bool) -> None:
         """What is new in this step; ``idle`` where the tensors have no gradients."""
         self.grads.send(addresses or [0] * len(self.params))
-        self.numbers.send_mixed([x for cohort in self.cohorts for x in numbers_row(*cohort, idle)])
-        if any(group.traits.draws for group in self.groups):
+        self.numbers.send_mixed(
+            [
+                number
+                for cohort, eps1 in self.cohorts
+                for number in numbers_row(cohort, eps1, self.math_dtype, idle)
+            ]
+        )
+        if any(traits.draws for traits in self.traits):
             self.integers.send_mixed(
                 [x for cohort, _ in self.cohorts for x in integers_row(cohort)]
             )
+
+
+def bind(
+    bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]], launcher: Launcher
+) -> Executor:
+    """Make an executor, and compile what an update takes; see ``backends.Backend``."""
+    executor = Executor(bindings, segments, launcher)
+    if bindings[0].cohort.activity is Activity.UPDATE:
+        executor.prepare()
+    return executor
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The tables that a launch reads, from the host's side."""
+"""The tables that a GPU's launch reads, from the host's side."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fused_adafactor.backends.triton import fields as f
+from fused_adafactor import fields as f
 from fused_adafactor.binding import Binding, Cohort, memory_of
 from fused_adafactor.blocks import BLOCK
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind
 from fused_adafactor.schedule import Number
 from fused_adafactor.slabs import Form, Geometry
 from fused_adafactor.tickets import Pieces, Scratch
+from fused_adafactor.traits import Traits, lossless
 
+MAX_DIMS = 8  # of a tensor, once those that can be are merged
 _SPARE_BUFFERS = 4
 
 
-def tensor_row(b: Binding, rule: int, pieces: Pieces, scratch: Scratch) -> list[int]:
+def tensor_row(
+    b: Binding, rule: int, traits: Traits, pieces: Pieces, scratch: Scratch
+) -> list[int]:
     """The row of a tensor, but for its counters."""
-    row = [0] * f.TENSOR_FIELDS.value
+    row = [0] * f.TENSOR_FIELDS
     geometry, spec = pieces.geometry, b.planned.spec
 
-    def put(field: object, *values: int) -> None:
-        first: int = getattr(field, "value")  # noqa: B009 - constexpr has no types
-        row[first : first + len(values)] = values
+    def put(field: int, *values: int) -> None:
+        row[field : field + len(values)] = values
 
     put(f.PARAM, b.param.data_ptr())
     for name, tensor in memory_of(b, geometry.swapped).items():
@@ -67,7 +70,35 @@ def tensor_row(b: Binding, rule: int, pieces: Pieces, scratch: Scratch) -> list[
     put(f.GRAD_STRIDES, *geometry.grad_strides)
     put(f.STATE_STRIDES, *geometry.state_strides)
     put(f.LOGICAL, *geometry.logical)
+    put(f.PARAM_DTYPE, f.DTYPES[traits.param_dtype])
+    put(f.GRAD_DTYPE, f.DTYPES[traits.grad_dtype])
+    put(f.MOMENT_DTYPE, f.DTYPES[traits.moment_dtype])
+    put(f.EXP_AVG_DTYPE, f.DTYPES[traits.exp_avg_dtype])
+    put(f.SWITCHES, switches_of(traits))
     return row
+
+
+def switches_of(traits: Traits) -> int:
+    """The traits that are no dtypes, as the bits of one number."""
+    by_bit = {
+        f.AMSGRAD_SWITCH: traits.amsgrad,
+        f.MEASURES_SWITCH: traits.measures,
+        f.PARAM_RMS_SWITCH: traits.param_rms,
+        f.SKIPS_SWITCH: traits.skips,
+        f.NORM_CLIPPED_SWITCH: traits.norm_clipped,
+        f.VALUE_CLIP_SWITCH: traits.value_clip,
+        f.AVERAGES_SWITCH: traits.averages,
+        f.STOCHASTIC_SWITCH: traits.stochastic,
+        f.KAHAN_SWITCH: traits.kahan,
+        f.CLAMPS_SWITCH: traits.clamps,
+        f.STRIDED_SWITCH: traits.strided,
+        f.ALIGNED_SWITCH: traits.aligned,
+        f.WEIGHS_SWITCH: traits.weighs,
+        f.MOMENTUM_SWITCH: traits.momentum,
+        f.WHOLE_BLOCKS_SWITCH: traits.whole_blocks,
+        f.ACCUMULATES_SWITCH: traits.accumulates,
+    }
+    return sum(int(value) << bit for bit, value in by_bit.items())
 
 
 def _block_line(geometry: Geometry) -> int:
@@ -77,19 +108,20 @@ def _block_line(geometry: Geometry) -> int:
     return geometry.matrix[1] if geometry.form is Form.TINY else geometry.cols
 
 
-def numbers_row(cohort: Cohort, eps1: float, idle: bool) -> list[Number]:
+def numbers_row(cohort: Cohort, eps1: float, math_dtype: torch.dtype, idle: bool) -> list[Number]:
     """The numbers of a rule at this step, floats or 0-d tensors of the device.
 
     Args:
         cohort: Of tensors.
         eps1: Theirs.
+        math_dtype: Likewise.
         idle: They have no gradients in this call.
     """
-    row: list[Number] = [0.0] * f.NUMBERS.value
+    row: list[Number] = [0.0] * f.NUMBERS
     rule, scalars = cohort.rule, cohort.scalars
 
-    def put(field: object, value: Number) -> None:
-        row[getattr(field, "value")] = value  # noqa: B009 - constexpr has no types
+    def put(field: int, value: Number) -> None:
+        row[field] = value
 
     put(f.BETA2, scalars.beta2)
     put(f.REST2, 1.0 - scalars.beta2)
@@ -108,6 +140,7 @@ def numbers_row(cohort: Cohort, eps1: float, idle: bool) -> list[Number]:
     put(f.ACCUMULATION_STEPS, float(rule.accumulation_steps))
     put(f.GRAD_SCALE, cohort.grad_scale)
     put(f.SUM_MOMENTS, float(rule.sums))
+    put(f.LOSSLESS, lossless(math_dtype))
     clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay
     if clip is not None and clip.kind is GradClipKind.VALUE:
         put(f.CLIP_VALUE, clip.threshold)
@@ -132,6 +165,11 @@ def integers_row(cohort: Cohort) -> list[Number]:
     """Seed and step, the key of stochastic rounding."""
     t = cohort.scalars.t
     return [cohort.seed, t if isinstance(t, Tensor) else int(t)]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on a device now becomes a part of a CUDA graph, and is not done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Sent:
@@ -164,7 +202,7 @@ class Sent:
 
     def send(self, numbers: Sequence[float]) -> None:
         """Bring the copy up to date."""
-        if self.on_device.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.on_device.device):
             self._send_captured(numbers)
         elif numbers != self._last or self._captured:
             self._restock()
