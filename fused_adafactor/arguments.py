@@ -39,6 +39,11 @@ class _Shared(TypedDict, total=False):
             number.
         fused: True to take part in torch's GradScaler protocol (``grad_scale`` and ``found_inf``).
         differentiable: Refused: a fused step has no autograd graph.
+        flat_parameters: "refuse", or "unfactored" to step parameters that were flattened to be
+            distributed: those of FSDP1, and the partitions of DeepSpeed's ZeRO. They are then
+            vectors with a second moment for each element, as much memory as Adam's, and each rank
+            steps its part as if that were a parameter: RMS(p) and RMS(u) are of the part (of all
+            parts only where it is a DTensor), so the numbers depend on how many ranks there are.
     """
 
     backend: str
@@ -50,6 +55,7 @@ class _Shared(TypedDict, total=False):
     capturable: bool
     fused: bool | None
     differentiable: bool
+    flat_parameters: str
 
 
 class _Momentum(TypedDict, total=False):
@@ -136,6 +142,7 @@ EXTRA_DEFAULTS: dict[str, Any] = {
     "fused": None,
     "foreach": None,
     "differentiable": False,
+    "flat_parameters": "refuse",
     "clipnorm": None,
     "clipvalue": None,
     "global_clipnorm": None,
@@ -164,6 +171,7 @@ def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
         "rounding": Rounding.parse(group["rounding"]),
         "state_dtype": group["state_dtype"],
         "nonfinite": Nonfinite(group["nonfinite"]),
+        "takes_flat": group["flat_parameters"] == "unfactored",
         "grad_divisor": group["loss_scale_factor"] or 1.0,
         "grad_clip": _grad_clip(group),
         "accumulation_steps": group["gradient_accumulation_steps"] or 1,
@@ -222,6 +230,10 @@ def check_extras(group: Mapping[str, Any]) -> None:
     Rounding.parse(group["rounding"])
     if group["nonfinite"] not in [member.value for member in Nonfinite]:
         raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {group['nonfinite']!r}")
+    if group["flat_parameters"] not in ("refuse", "unfactored"):
+        raise ValueError(
+            f"flat_parameters must be 'refuse' or 'unfactored', got {group['flat_parameters']!r}"
+        )
     if group["state_dtype"] not in _STATE_DTYPES:
         raise ValueError(
             "state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got "

@@ -6,9 +6,9 @@ cohorts, one record for many tensors, and in the exchange.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +68,9 @@ class Binding:
         mirror: Written with every new value of the parameter, full, and never read: the parameter
             as it is stored, rounded to the dtype of the mirror. To nearest; at random, with the
             parameter's own key, where bfloat16 mirrors what is wider and the rule rounds so.
+        sums: Where its sums over processes lie, by their names in ``summing.py``: those that are
+            taken after ``STATS``, and those before ``APPLY``. A run that ends there has written
+            what this process has of each; the next one finds the sums. Empty where it is whole.
     """
 
     planned: PlannedTensor
@@ -83,6 +86,7 @@ class Binding:
     average: Tensor | None
     accumulator: Tensor | None
     mirror: Tensor | None
+    sums: Sequence[Mapping[str, Tensor]] = ()
 
     @property
     def rule(self) -> Rule:
@@ -106,18 +110,6 @@ class Binding:
         return RoundingKey(self.cohort.seed, self.planned.spec.id.index, step, stream)
 
 
-class PartialSum(NamedTuple):
-    """What this process has of a sum.
-
-    Attributes:
-        tensor: Overwritten with the sum.
-        over: Dimensions of the mesh that it is to be taken over.
-    """
-
-    tensor: Tensor
-    over: tuple[int, ...]
-
-
 @dataclass(kw_only=True, eq=False)
 class Exchange:
     """What passes between the engine and a backend in one step; gone when the step is over.
@@ -128,26 +120,23 @@ class Exchange:
         grads: Gradients, never written; none where only averages move.
         skip: Vector of bool: nothing may be written; None if that cannot be. ``FINALIZE`` adds the
             tensors whose rule skips what is not finite, and whose Σ g² is not.
-        present: Vector: how many processes have a gradient; None where nothing is distributed.
-        absent: Vector of bool: none has, and nothing is written. None where all have one here.
+        absent: Vector of bool: no process has a gradient, and nothing is written. None where all
+            have one here.
         grad_factor: Vector: what clipping by a norm multiplies the gradients by. Set between
             ``STATS`` and ``FINALIZE``; None where nothing is clipped by a norm.
-        grad_sq: Vector: Σ g² before any clipping. Set by ``STATS`` where it runs without the rest.
+        grad_sq: Vector: Σ g² before any clipping. Set by ``STATS`` where it runs without the rest;
+            of tensors that are split by the engine, once it has been summed up.
         param_rms: Vector: RMS(p). Set by ``FINALIZE`` if ``wants_param_rms``.
-        sums: Of each tensor, what is to be summed up over processes before the next phase. Set by
-            each run that does not end with ``APPLY``; empty where nothing is distributed.
         wants_param_rms: Whether somebody will read it; every rule then measures it.
         scratch: The backend's own, from one call to the next.
     """
 
     grads: Sequence[Tensor]
     skip: Tensor | None = None
-    present: Tensor | None = None
     absent: Tensor | None = None
     grad_factor: Tensor | None = None
     grad_sq: Tensor | None = None
     param_rms: Tensor | None = None
-    sums: Sequence[Sequence[PartialSum]] = ()
     wants_param_rms: bool = False
     scratch: Any = None
 

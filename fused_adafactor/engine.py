@@ -9,7 +9,8 @@ gradients, what is skipped) is set or made by ``Engine.run`` and gone with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +18,11 @@ import torch
 from torch import Tensor
 
 from fused_adafactor import backends
-from fused_adafactor.binding import Binding, Cohort, Exchange, PartialSum
+from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.counting import Clock
 from fused_adafactor.joining import (
     Counters,
     Members,
-    announce,
     initial_skip,
     join,
     joins,
@@ -40,11 +40,19 @@ from fused_adafactor.plan import (
     PlannedTensor,
     make_plan,
 )
-from fused_adafactor.rule import StepCount
+from fused_adafactor.rule import Nonfinite, StepCount
 from fused_adafactor.schedule import Number
 from fused_adafactor.sharding import Processes
 from fused_adafactor.spec import TensorSpec, has_memory
 from fused_adafactor.state import StateLayout, canonical, entries_of
+from fused_adafactor.summing import (
+    Column,
+    Message,
+    Round,
+    after_stats,
+    after_update_rms,
+    between_updates,
+)
 
 _PLANS_KEPT = 64
 
@@ -87,6 +95,9 @@ class _Batch:
         param_rms: Where RMS(p) is kept, if the dialect does.
         specs: Its tensors.
         owners: The parameters that they are, or are parts of.
+        present: How many processes have a gradient of each; None where they are not split.
+        grad_sq: Σ g² of each over all processes; None where it is not taken.
+        messages: Those that are complete once it has run and those before it, by round of sums.
         updated: When they were last updated, counted in calls of ``Engine.run``; 0 for never.
     """
 
@@ -98,6 +109,9 @@ class _Batch:
     param_rms: list[Tensor] | None
     specs: list[TensorSpec]
     owners: list[Tensor]
+    present: Column | None
+    grad_sq: Column | None
+    messages: list[list[Message]] = field(default_factory=list)
     updated: int = 0
 
     def exchange(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> Exchange:
@@ -129,12 +143,16 @@ class _Batch:
             torch._foreach_copy_(self.param_rms, list(rms.unbind()))
 
 
+_Part = tuple[_Batch, Exchange]  # of a call
+
+
 @dataclass(kw_only=True, eq=False)
 class _Course:
     """How a prepared step goes when every cohort has a certain activity.
 
     Attributes:
-        batches: In the order of their plans.
+        batches: Those whose tensors are split over processes first: while these sum up, the others
+            are at work. They are in the same order on all processes.
         counters: Those that advance.
     """
 
@@ -189,7 +207,7 @@ class Engine:
 
     def facts(self, spec: TensorSpec) -> Facts:
         """The backend that steps a tensor."""
-        key = (spec.device, spec.shard is not None)
+        key = (spec.device, spec.is_split)
         if key not in self._facts:
             self._facts[key] = backends.choose(self.request, *key)
         return self._facts[key]
@@ -225,11 +243,14 @@ class Engine:
             )
 
     def plan(self, specs: Sequence[TensorSpec], joined: bool) -> list[Plan]:
-        """One plan per backend, from the cache where the same tensors were planned before."""
-        by_facts: dict[Facts, list[TensorSpec]] = {}
+        """One plan per backend, from the cache where the same tensors were planned before.
+
+        What is split over processes has a plan of its own: only that has to pause for sums.
+        """
+        planned: dict[tuple[Facts, bool], list[TensorSpec]] = {}
         for spec in specs:
-            by_facts.setdefault(self.facts(spec), []).append(spec)
-        return [self._cached(tuple(members), facts, joined) for facts, members in by_facts.items()]
+            planned.setdefault((self.facts(spec), spec.is_split), []).append(spec)
+        return [self._cached(tuple(mine), facts, joined) for (facts, _), mine in planned.items()]
 
     def run(
         self,
@@ -252,8 +273,9 @@ class Engine:
         course = self._course(prepared)
         parts = [(batch, batch.exchange(grads, found_inf)) for batch in course.batches]
         self._calls += 1
-        self._update([part for part in parts if part[0].activity is Activity.UPDATE])
-        self._mark_accumulated([part for part in parts if part[0].activity is Activity.ACCUMULATE])
+        working = [part for part in parts if part[0].executor is not None]
+        self._update([p for p in working if p[0].activity is Activity.UPDATE])
+        self._mark_accumulated([p for p in working if p[0].activity is Activity.ACCUMULATE])
         skips = shared_skips([(b.members, e) for b, e in parts], len(prepared.counters))
         for batch, exchange in parts:
             if batch.executor is None:
@@ -271,56 +293,71 @@ class Engine:
         # Last, so that a backend that raises has counted nothing.
         course.counters.advance(None if skips is None else skips.uncounted)
 
-    def _update(self, parts: list[tuple[_Batch, Exchange]]) -> None:
+    def _update(self, parts: list[_Part]) -> None:
         """Run the phases, and what must be known between them."""
-        parts = [part for part in parts if part[0].executor is not None]
         if not parts:
             return
         self.grad_sq = None
-        rounds = max(len(batch.segments) for batch, _ in parts)
-        for number in range(rounds):
-            if number:
-                self._sum(parts, with_presence=number == 1)
-            if number == 1 and any(batch.members.joined for batch, _ in parts):
+        last = max(len(batch.segments) for batch, _ in parts) - 1
+        joined = any(batch.members.joined for batch, _ in parts)
+        for number in range(last):
+
+            def run(batch: _Batch, exchange: Exchange, number: int = number) -> None:
+                if number < len(batch.segments) - 1:
+                    assert batch.executor is not None
+                    batch.executor.run(batch.segments[number], exchange)
+
+            self._sum_while(run, parts, number)
+            if number == 0 and joined:
+                for batch, exchange in parts:
+                    if batch.grad_sq is not None:
+                        exchange.grad_sq = batch.grad_sq.read()
                 self.grad_sq = join([(batch.members, exchange) for batch, exchange in parts])
-            for batch, exchange in parts:
-                segments = batch.segments
-                assert batch.executor is not None
-                # All that writes comes last, after all sums: one that fails has changed nothing.
-                if number == rounds - 1:
-                    batch.executor.run(segments[-1], exchange)
-                elif number < len(segments) - 1:
-                    batch.executor.run(segments[number], exchange)
+        # All that writes comes last, after all sums: one that fails has changed nothing.
+        for batch, exchange in parts:
+            assert batch.executor is not None
+            batch.executor.run(batch.segments[-1], exchange)
         for batch, exchange in parts:
             batch.keep_param_rms(exchange)
             batch.updated = self._calls
 
-    def _sum(self, parts: list[tuple[_Batch, Exchange]], with_presence: bool) -> None:
-        """Take the sums over processes, and learn from them what is absent from all."""
-        if with_presence:
-            for batch, exchange in parts:
-                announce(batch.members, exchange)
-        distributed = [(b.specs, e.sums) for b, e in parts if e.sums]
-        self._processes.sum(
-            [spec for specs, _ in distributed for spec in specs],
-            [mine for _, sums in distributed for mine in sums],
-        )
-        if with_presence:
-            for batch, exchange in parts:
-                skip_absent(batch.members, exchange)
+    def _sum_while(
+        self, run: Callable[[_Batch, Exchange], None], parts: list[_Part], number: int
+    ) -> None:
+        """Run batches, and take the sums of a round over processes.
 
-    def _mark_accumulated(self, parts: list[tuple[_Batch, Exchange]]) -> None:
-        """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
-        parts = [part for part in parts if part[0].executor is not None]
-        skips = any(batch.members.skips for batch, _ in parts)
+        A message is under way as soon as all have run that it has sums of, while others run.
+        """
+        under_way = []
         for batch, exchange in parts:
+            run(batch, exchange)
+            if number == 0 and batch.present is not None:
+                batch.present.write(batch.members.presence)
+            if batch.messages:
+                under_way += [self._processes.start(message) for message in batch.messages[number]]
+        for wait in under_way:
+            wait()
+        for batch, exchange in parts:
+            if number == 0 and batch.present is not None:
+                skip_absent(batch.members, exchange, batch.present)
+
+    def _mark_accumulated(self, parts: list[_Part]) -> None:
+        """Mark gradients that must not enter a sum: the call that brought them is then dropped."""
+        skips = any(batch.members.skips for batch, _ in parts)
+
+        def square(batch: _Batch, exchange: Exchange) -> None:
             if skips:
-                dtype, over = batch.members.math_dtype, batch.members.over
-                sums = torch.stack([grad.to(dtype).square().sum() for grad in exchange.grads])
-                exchange.grad_sq = sums
-                exchange.sums = [[PartialSum(*each)] for each in zip(sums, over, strict=True)]
-        self._sum(parts, with_presence=True)
+                dtype = batch.members.math_dtype
+                squares = [grad.to(dtype).square().sum() for grad in exchange.grads]
+                exchange.grad_sq = torch.stack(squares)
+                if batch.grad_sq is not None:
+                    batch.grad_sq.write(exchange.grad_sq)
+
+        self._sum_while(square, parts, 0)
         if skips:
+            for batch, exchange in parts:
+                if batch.grad_sq is not None:
+                    exchange.grad_sq = batch.grad_sq.read()
             join([(batch.members, exchange) for batch, exchange in parts])
 
     def _course(self, prepared: Prepared) -> _Course:
@@ -350,12 +387,26 @@ class Engine:
             empty = planned.launch is Launch.EMPTY
             key = (id(plan), empty, task.spec.device, task.spec.math_dtype, task.cohort.activity)
             batches.setdefault(key, []).append(number)
-        return _Course(
+        rounds = _rounds_of(tasks, places)
+
+        def first_split(numbers: list[int]) -> float:
+            split = [task.spec.id.index for n in numbers if (task := tasks[n]).spec.is_split]
+            return min(split, default=math.inf)
+
+        course = _Course(
             batches=[
-                self._make_batch(prepared, numbers, places, grads) for numbers in batches.values()
+                self._make_batch(prepared, numbers, places, grads, rounds)
+                for numbers in sorted(batches.values(), key=first_split)
             ],
             counters=_counters(prepared),
         )
+        for activity, sums in rounds.items():
+            split = [b for b in course.batches if b.activity is activity and b.present is not None]
+            for taken in sums:
+                complete = taken.complete_after([batch.specs for batch in split])
+                for batch, messages in zip(split, complete, strict=True):
+                    batch.messages.append(messages)
+        return course
 
     def _make_batch(
         self,
@@ -363,16 +414,19 @@ class Engine:
         numbers: list[int],
         places: dict[int, tuple[Plan, PlannedTensor]],
         grads: dict[int, int | Tensor],
+        rounds: dict[Activity, list[Round]],
     ) -> _Batch:
         tasks = [prepared.tasks[number] for number in numbers]
-        bindings = [self.bind(task, places[task.spec.id.index][1]) for task in tasks]
+        specs = [task.spec for task in tasks]
+        activity = tasks[0].cohort.activity
+        sums = rounds.get(activity, [])
+        bindings = [self.bind(task, places[task.spec.id.index][1], sums) for task in tasks]
         plan, planned = places[tasks[0].spec.id.index]
         executor = None
         if planned.launch is not Launch.EMPTY:
             executor = backends.load(plan.facts.backend).bind(bindings, plan.segments)
         mine = [grads[number] for number in numbers if number in grads]
         places_here = [place for place in mine if not isinstance(place, Tensor)]
-        activity = tasks[0].cohort.activity
         found = [canonical(task.state, task.spec, self.layout, "param_rms") for task in tasks]
         kept = [rms for rms in found if rms is not None]
         measured = activity is Activity.UPDATE and all(t.cohort.rule.keep_param_rms for t in tasks)
@@ -382,7 +436,6 @@ class Engine:
             segments=plan.segments,
             members=Members(
                 cohorts=[task.cohort for task in tasks],
-                over=[() if t.spec.shard is None else t.spec.shard.over for t in tasks],
                 given=[task.zeros is None for task in tasks],
                 counters=[prepared.counters[id(task.counter)] for task in tasks],
                 device=planned.spec.device,
@@ -390,8 +443,10 @@ class Engine:
             ),
             grads=None if places_here == list(range(len(grads))) else mine,
             param_rms=kept if measured and len(kept) == len(tasks) else None,
-            specs=[task.spec for task in tasks],
+            specs=specs,
             owners=[task.owner for task in tasks],
+            present=sums[0].column("present", specs) if sums else None,
+            grad_sq=sums[0].column("grad_sq", specs) if sums else None,
         )
 
     def _cached(self, specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan:
@@ -403,7 +458,7 @@ class Engine:
             plan = self._plans[key] = make_plan(specs, facts, joined)
         return plan
 
-    def bind(self, task: Task, planned: PlannedTensor) -> Binding:
+    def bind(self, task: Task, planned: PlannedTensor, sums: Sequence[Round] = ()) -> Binding:
         """Bind a tensor to its memory; what an option that is off has left stays out of it."""
         wanted = entries_of(task.spec, task.cohort.rule, self.layout)
 
@@ -426,7 +481,33 @@ class Engine:
             average=entry("average"),
             accumulator=entry("accumulator"),
             mirror=task.mirror,
+            sums=[taken.of(task.spec) for taken in sums],
         )
+
+
+def _rounds_of(
+    tasks: Sequence[Task], places: dict[int, tuple[Plan, PlannedTensor]]
+) -> dict[Activity, list[Round]]:
+    """The sums over processes, one round after the other, by what a call does to the tensors."""
+    split: dict[Activity, list[Task]] = {Activity.UPDATE: [], Activity.ACCUMULATE: []}
+    for task in tasks:
+        if task.spec.is_split and task.spec.whole_numel and task.cohort.activity in split:
+            split[task.cohort.activity].append(task)
+    planned = {
+        activity: [places[task.spec.id.index][1] for task in members]
+        for activity, members in split.items()
+    }
+    rules = [task.cohort.rule for task in split[Activity.ACCUMULATE]]
+    skips = any(rule.nonfinite is Nonfinite.SKIP for rule in rules)
+    return {
+        Activity.UPDATE: [
+            Round((p.spec, taken(p)) for p in planned[Activity.UPDATE])
+            for taken in (after_stats, after_update_rms)
+        ],
+        Activity.ACCUMULATE: [
+            Round((p.spec, between_updates(p, skips)) for p in planned[Activity.ACCUMULATE])
+        ],
+    }
 
 
 def metrics_of_steps(steps: Sequence[Prepared]) -> dict[Tensor, Metrics]:

@@ -70,6 +70,7 @@ def fingerprint_of(
     grads = list(map(_grad, params))
     given = list(map(is_not, grads, repeat(None)))
     grads = list(compress(grads, given))
+    here, given_here = _parts(params), _parts(grads)
     kept = list(chain.from_iterable(map(dict.values, state.values())))
     shared = [group["step"] for group in groups if "step" in group]
     try:
@@ -79,13 +80,13 @@ def fingerprint_of(
             [(g["seed"], g["capturable"], g["fused"]) for g in groups],
             given,
             # Where a parameter is tells on which device, and torch holds a gradient to both.
-            list(map(Tensor.data_ptr, _parts(params))),
+            list(map(Tensor.data_ptr, here)),
             list(map(Tensor.size, params)),
-            list(map(Tensor.stride, params)),
+            list(map(Tensor.stride, here)),
             list(map(_dtype, params)),
             list(map(type, params)),
             list(map(Tensor.numel, grads)),
-            list(map(Tensor.stride, grads)),  # a sparse one raises
+            list(map(Tensor.stride, given_here)),  # a sparse one raises
             list(map(_dtype, grads)),
             list(map(type, grads)),
             _placements(params),
@@ -97,7 +98,7 @@ def fingerprint_of(
         )
     except (RuntimeError, TypeError):
         return None
-    return Fingerprint([*params, *state, *kept, *shared, *mirrors], facts), _parts(grads)
+    return Fingerprint([*params, *state, *kept, *shared, *mirrors], facts), given_here
 
 
 def _placements(tensors: Sequence[Tensor]) -> list[object] | None:

@@ -67,11 +67,12 @@ class BackwardStep:
         params = optimizer._all_params()
         if model is not None:
             _check_model(model, params)
+        rules = optimizer._rules(range(len(optimizer.param_groups)))
         for param, id in zip(params, optimizer._find(params), strict=True):
-            check_shape(id, param)
+            check_shape(id, param, rules[id.group])
             _check_free(id, param)
         self.check_groups(optimizer.param_groups)
-        optimizer._refuse_what_joins(optimizer._rules(range(len(optimizer.param_groups))))
+        optimizer._refuse_what_joins(rules)
         self.watch()
 
     @property

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Cohort, Exchange, PartialSum
+from fused_adafactor.binding import Cohort, Exchange
 from fused_adafactor.counting import Cells
 from fused_adafactor.rule import GradClipKind, Nonfinite, Rule, StepCount
+from fused_adafactor.summing import Column
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,7 +25,6 @@ class Members:
 
     Attributes:
         cohorts: Of each tensor.
-        over: Dimensions of a mesh that each tensor is split over; empty where it is not.
         given: Whether there is a gradient of it here; other processes may have one all the same.
         counters: Number of the step counter that each tensor follows.
         device: Theirs.
@@ -32,7 +32,6 @@ class Members:
     """
 
     cohorts: Sequence[Cohort]
-    over: Sequence[tuple[int, ...]]
     given: Sequence[bool]
     counters: Sequence[int]
     device: torch.device
@@ -44,9 +43,7 @@ class Members:
         self.sizes = [size for _, size in runs]
         self.rules = [cohort.rule for cohort, _ in runs]
         self.counter_index = torch.tensor(self.counters, device=self.device)
-        self.presence = None
-        if any(self.over):
-            self.presence = torch.tensor(self.given, dtype=self.math_dtype, device=self.device)
+        self.presence = torch.tensor(self.given, dtype=self.math_dtype, device=self.device)
         self.joined = joins(self.rules)
         self.skips = any(rule.nonfinite is Nonfinite.SKIP for rule in self.rules)
 
@@ -96,25 +93,16 @@ def join(parts: Sequence[tuple[Members, Exchange]]) -> Tensor:
     return total_sq
 
 
-def announce(members: Members, exchange: Exchange) -> None:
-    """Have the gradients counted that there are on all processes, with the next sums."""
-    if members.presence is not None:
-        exchange.present = members.presence.clone()
-        exchange.sums = [
-            [*mine, PartialSum(count, over)]
-            for mine, count, over in zip(
-                exchange.sums or [()] * len(members.over),
-                exchange.present,
-                members.over,
-                strict=True,
-            )
-        ]
+def skip_absent(members: Members, exchange: Exchange, present: Column) -> None:
+    """Mark tensors that no process has a gradient of; where all are here, none is asked.
 
-
-def skip_absent(members: Members, exchange: Exchange) -> None:
-    """Mark tensors that no process has a gradient of; where all are here, none is asked."""
-    if exchange.present is not None and not all(members.given):
-        exchange.absent = exchange.present == 0
+    Args:
+        members: The tensors.
+        exchange: Theirs.
+        present: How many processes have a gradient of each.
+    """
+    if not all(members.given):
+        exchange.absent = present.read() == 0
         skip = exchange.skip
         exchange.skip = exchange.absent if skip is None else skip | exchange.absent
 

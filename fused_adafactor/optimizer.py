@@ -26,7 +26,7 @@ from fused_adafactor.metrics import Metrics
 from fused_adafactor.partial import PartialOptimizer
 from fused_adafactor.plan import Plan, describe
 from fused_adafactor.rule import StepCount
-from fused_adafactor.sharding import described
+from fused_adafactor.sharding import Given, described
 
 
 class AdafactorBase(PartialOptimizer):
@@ -88,6 +88,7 @@ class AdafactorBase(PartialOptimizer):
             if self._in_backward is not None:
                 self._in_backward.check_groups([merged], first=len(self.param_groups))
         super().add_param_group(param_group)
+        self._given = (*self._given, Given.of(self.param_groups[-1]["params"]))
         if self._in_backward is not None:
             self._in_backward.watch()
 
@@ -341,6 +342,7 @@ class AdafactorBase(PartialOptimizer):
             RuntimeError: As ``explain``.
         """
         rules = self._rules(range(len(self.param_groups)))
+        self._check_groups(rules)
         specs = []
         for _, param, id in self._ids():
             rule = self._param_rule(rules[id.group], id, param)

@@ -107,7 +107,7 @@ def make_plan(specs: tuple[TensorSpec, ...], facts: Facts, joined: bool) -> Plan
     tensors = tuple(_plan_tensor(spec, facts) for spec in specs)
     stats, measured = (Phase.STATS,), (Phase.FINALIZE, Phase.UPDATE_RMS)
     segments: tuple[tuple[Phase, ...], ...] = ((*stats, *measured, Phase.APPLY),)
-    if any(spec.shard is not None for spec in specs):
+    if any(spec.is_split for spec in specs):
         segments = (stats, measured, (Phase.APPLY,))
     elif joined:
         segments = (stats, (*measured, Phase.APPLY))
@@ -137,7 +137,7 @@ def _third_sweep(spec: TensorSpec, facts: Facts) -> str | None:
         return None
     if spec.cols_over:
         return "its columns are spread over processes, so a row is not known after one sweep"
-    if not facts.two_sweep and spec.shard is None:
+    if not facts.two_sweep and not spec.is_split:
         return f"the {facts.backend} backend takes the sweeps one by one, as the papers write them"
     if structure.grad_clip in (GradClipKind.NORM, GradClipKind.GLOBAL_NORM):
         return "the gradient is clipped by a norm that is known only after the first sweep"

@@ -21,7 +21,14 @@ from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
-from fused_adafactor.sharding import anywhere, described, joiner, zeros_of
+from fused_adafactor.sharding import (
+    Given,
+    anywhere,
+    check_members,
+    described,
+    joiner,
+    zeros_of,
+)
 from fused_adafactor.spec import TensorId, TensorSpec, local_of
 from fused_adafactor.state import check_state, init_state
 
@@ -73,6 +80,8 @@ class PreparingOptimizer(CheckpointedOptimizer):
     # What every new value of a parameter is written to besides, see ``Binding.mirror``; by
     # parameter. Set by whoever owns the optimizer, as CPUOffload does.
     _mirrors: Mapping[Tensor, Tensor] = MappingProxyType({})
+    # What each param group was made of; a copy does not know it.
+    _given: tuple[Given, ...] = ()
 
     def _group_lr(self, group: Mapping[str, Any]) -> float | Tensor | None:
         """The group's lr of this step; None where it is a function, which the rule then holds."""
@@ -186,6 +195,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
 
     def _draft(self, rules: Mapping[int, Rule], placed: Iterable[Placed]) -> list[Draft]:
         """Check everything that a step of these parameters concerns, changing nothing."""
+        self._check_groups(rules)
         drafts = []
         for group, param, id in placed:
             rule = self._param_rule(rules[id.group], id, param)
@@ -199,6 +209,13 @@ class PreparingOptimizer(CheckpointedOptimizer):
             self._engine.check(spec, part, part if param.grad is None else local_of(param.grad))
             drafts.append(Draft(group, spec, rule, has_grad, param, zeros))
         return drafts
+
+    def _check_groups(self, rules: Mapping[int, Rule]) -> None:
+        """Refuse groups that do not have any more what they were made of."""
+        if len(self._given) == len(self.param_groups):
+            for number, rule in rules.items():
+                params = self.param_groups[number]["params"]
+                check_members(number, params, self._given[number], rule)
 
     def _stand_in(self, param: Tensor) -> Tensor | None:
         """What has the dtype of a step without a gradient: what such a step moves."""

@@ -176,6 +176,7 @@ class Rule:
         accumulation_steps: Average this many gradients before each update (1: every call updates).
         weight_average: EMA of the weights, or None.
         nonfinite: What NaN or Inf in a gradient does.
+        takes_flat: Whether parameters are stepped that were flattened to be distributed.
     """
 
     factoring: Factoring
@@ -199,6 +200,7 @@ class Rule:
     accumulation_steps: int = 1
     weight_average: WeightAverage | None = None
     nonfinite: Nonfinite = Nonfinite.PROPAGATE
+    takes_flat: bool = False
 
     @property
     def measures_param_rms(self) -> bool:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from fused_adafactor.binding import PartialSum
 from fused_adafactor.rule import Rule
 from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import Entry
+from fused_adafactor.summing import Message
 
 
 def shard_of(id: TensorId, param: Tensor) -> Shard | None:
@@ -80,7 +80,7 @@ def described(
             of which there are no parts; see ``shard_of``.
         ValueError: Also where the parameter has lost its shape; see ``check_shape``.
     """
-    check_shape(id, param)
+    check_shape(id, param, rule)
     shard, part = shard_of(id, param), local_of(param)
     refuse_blocks(id, shard, param, rule)
     if param.grad is None:
@@ -104,21 +104,63 @@ def refuse_blocks(id: TensorId, shard: Shard | None, param: Tensor, rule: Rule) 
         )
 
 
-def check_shape(id: TensorId, param: Tensor) -> None:
-    """Refuse a parameter whose shape is not what it means.
+_OR_UNFACTORED = "; or flat_parameters='unfactored', which keeps a second moment for each element"
+
+
+def check_shape(id: TensorId, param: Tensor, rule: Rule) -> None:
+    """Refuse a parameter whose shape is not what it means, unless its rule takes such.
 
     Raises:
         ValueError: It was flattened to be distributed.
     """
+    if rule.takes_flat:
+        return
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
             f"{id} is part of a flat parameter of FSDP1, which has lost the shapes that Adafactor "
-            "factors by. Use fully_shard (FSDP2) or DistributedDataParallel"
+            f"factors by. Use fully_shard (FSDP2) or DistributedDataParallel{_OR_UNFACTORED}"
         )
-    if hasattr(param, "ds_shape"):
+    # Of the parameters of a model, and of the partitions that the optimizer gets for them.
+    if hasattr(param, "ds_shape") or hasattr(param, "ds_id"):
         raise ValueError(
             f"{id} is a parameter of DeepSpeed's ZeRO-3, which keeps its parts flat and without "
             "the shapes that Adafactor factors by. Use fully_shard (FSDP2), or ZeRO stage 0"
+            f"{_OR_UNFACTORED}"
+        )
+
+
+class Given(NamedTuple):
+    """What a param group was made of.
+
+    Attributes:
+        ids: Of its parameters, as ``id`` has them.
+        had_matrices: Whether any of them has rows and columns.
+    """
+
+    ids: frozenset[int]
+    had_matrices: bool
+
+    @classmethod
+    def of(cls, params: Iterable[Tensor]) -> Given:
+        """Note parameters."""
+        members = list(params)
+        return cls(frozenset(map(id, members)), any(param.dim() > 1 for param in members))
+
+
+def check_members(number: int, params: Sequence[Tensor], given: Given, rule: Rule) -> None:
+    """Refuse a param group whose matrices have been replaced by one vector.
+
+    DeepSpeed's ZeRO-1 and ZeRO-2 do so, and do not mark the vector.
+
+    Raises:
+        ValueError: That has been done, and its rule does not take such.
+    """
+    replaced = len(params) == 1 and params[0].dim() == 1 and id(params[0]) not in given.ids
+    if replaced and given.had_matrices and not rule.takes_flat:
+        raise ValueError(
+            f"the matrices of param group {number} have been replaced by one vector of "
+            f"{params[0].numel()} elements, as DeepSpeed's ZeRO does it, so Adafactor has nothing "
+            f"to factor. Use fully_shard (FSDP2), or ZeRO stage 0{_OR_UNFACTORED}"
         )
 
 
@@ -251,23 +293,28 @@ class Processes:
         """Start without any: groups are made by all processes together, in a step."""
         self._groups: dict[tuple[Hashable, tuple[int, ...]], torch.distributed.ProcessGroup] = {}
 
-    def sum(self, specs: Sequence[TensorSpec], sums: Sequence[Sequence[PartialSum]]) -> None:
-        """Take sums, in place: one all-reduce for each group of processes.
+    def start(self, message: Message) -> Callable[[], None]:
+        """Start to sum up a message: one all-reduce, of its memory where that is in one piece.
 
-        Args:
-            specs: The tensors.
-            sums: Of each; the same ones on all processes.
+        Returns:
+            What waits for it; then the sums are where the parts were. On a GPU no host waits.
         """
-        by_group: dict[tuple[Hashable, tuple[int, ...]], list[Tensor]] = {}
-        # In the order of the optimizer: what steps come together also depends on plain parameters,
-        # which may be other ones on each process.
-        pairs = zip(specs, sums, strict=True)
-        for spec, mine in sorted(pairs, key=lambda pair: pair[0].id.index):
-            for tensor, over in mine:
-                if spec.shard is not None and over:
-                    by_group.setdefault((spec.shard.mesh, over), []).append(tensor)
-        for (mesh, over), tensors in by_group.items():
-            _all_reduce(tensors, mesh, self._group(mesh, over))
+        mesh, buffers = cast(Any, message.mesh), message.buffers
+        group = self._group(mesh, message.over)
+        # The mesh's device is where its processes talk; CPU-offloaded parameters are not on it.
+        if len(buffers) == 1 and buffers[0].device.type == mesh.device_type:
+            return _all_reduce(buffers[0], group)
+        dtype = max((buffer.dtype for buffer in buffers), key=lambda dtype: dtype.itemsize)
+        flat = torch.cat([buffer.to(mesh.device_type, dtype) for buffer in buffers])
+        wait = _all_reduce(flat, group)
+
+        def bring_back() -> None:
+            wait()
+            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part)
+
+        return bring_back
 
     def _group(self, mesh: Any, over: tuple[int, ...]) -> torch.distributed.ProcessGroup:
         """The processes that share with this one what is split over dimensions of a mesh."""
@@ -284,16 +331,14 @@ class Processes:
         return self._groups[mesh, over]
 
 
-def _all_reduce(
-    tensors: Sequence[Tensor], mesh: Any, group: torch.distributed.ProcessGroup
-) -> None:
-    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-    # On the mesh's device, which a parameter that is kept on the CPU is not on.
-    flat = torch.cat([t.reshape(-1).to(mesh.device_type, dtype) for t in tensors])
-    torch.distributed.all_reduce(flat, group=group)
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+def _all_reduce(flat: Tensor, group: torch.distributed.ProcessGroup) -> Callable[[], None]:
+    work = torch.distributed.all_reduce(flat, group=group, async_op=True)
+
+    def wait() -> None:
+        assert work is not None
+        work.wait()
+
+    return wait
 
 
 def _block(size: int, axes: Iterable[int], mesh: Any) -> tuple[int, int]:

@@ -56,7 +56,7 @@ CPU_CUT = Cut(
 
 
 class ItemKind(IntEnum):
-    """What an item does; the values are those of ``abi.h``, the last two are a GPU's."""
+    """What an item does; the values are those of ``abi.h``, 9 and 10 are a GPU's."""
 
     WHOLE = 0
     STATS = 1
@@ -67,6 +67,8 @@ class ItemKind(IntEnum):
     ACCUMULATE = 6
     AVERAGE = 7
     MERGE = 8
+    SHARE = 11
+    SETTLE = 12
     CHUNK = 9  # sums along very long lines, chunk by chunk
     TOTAL = 10  # the norm of the gradient
 
@@ -92,7 +94,7 @@ class Geometry:
         strides: Of the parameter, in elements.
         grad_strides: Of its gradient.
         state_strides: Of everything full-size that the state holds.
-        logical: Theirs in the row-major numbering of the parameter.
+        logical: Theirs in the row-major numbering of the parameter, the whole one.
         form: How its second moments come about.
         batch: Matrices; 1 where lines are not those of a matrix: unfactored, or tiny matrices.
         rows: Lines of each.
@@ -120,38 +122,64 @@ class Geometry:
     @property
     def slabs_per_matrix(self) -> int:
         """Slabs of one matrix; 1 where a slab holds whole matrices."""
-        return -(-self.rows // self.lines_per_slab)
+        return 1 if self.lines_per_slab >= self.rows else -(-self.rows // self.lines_per_slab)
+
+
+@dataclass(frozen=True)
+class WholeParameter:
+    """The parameter that a tensor is a part of, or is itself; lines are those of its geometry.
+
+    Attributes:
+        rows: Lines of a matrix of it.
+        cols: Elements of such a line.
+        first_row: Place of the part's first line in a matrix.
+        first_col: Place of its first column.
+        first_element: Row-major index of its first element.
+        stack: Dimensions (size, stride) of the part's matrices, merged; the strides number them in
+            the parameter.
+        first_matrix: Number of its first matrix there.
+    """
+
+    rows: int
+    cols: int
+    first_row: int
+    first_col: int
+    first_element: int
+    stack: tuple[tuple[int, int], ...]
+    first_matrix: int
 
 
 def geometry_of(spec: TensorSpec, cut: Cut) -> Geometry:
-    """Cut a tensor that has elements."""
+    """Cut a tensor; one without elements is a part of a parameter that has some."""
     order = tuple(range(len(spec.shape)))
     form, swapped = _form(spec, cut), spec.swapped
     if spec.view is not None and spec.view.permutation is not None:
         order = spec.view.permutation
         if swapped:
             order = (*order[:-2], order[-1], order[-2])
-    row_major = _row_major(spec.shape)
+    row_major = _row_major(spec.whole)
     kept = spec.state_strides
     layouts = (spec.param_strides, spec.grad_strides, kept, row_major)
     dims = _merged([(spec.shape[d], tuple(strides[d] for strides in layouts)) for d in order])
+    dims = dims or [(1, (1,) * len(layouts))]
     sizes = tuple(size for size, _ in dims)
     strides, grad_strides, state_strides, logical = zip(*(dim for _, dim in dims), strict=True)
     batch, matrix = 1, (0, 0)
     if spec.view is None:
-        cols = min(spec.numel, cut.free_line)
+        cols = max(1, min(spec.numel, cut.free_line))
         rows = -(-spec.numel // cols)
     elif form is Form.TINY:
         matrix = (spec.view.rows, spec.view.cols)
         unit = math.lcm(math.prod(matrix), cut.aligned_lines)
-        cols = min(spec.numel, cut.free_line // unit * unit)
+        cols = max(1, min(spec.numel, cut.free_line // unit * unit))
         rows = -(-spec.numel // cols)
     else:
         batch = math.prod(spec.view.matrices[:-2])
         rows, cols = spec.view.rows, spec.view.cols
         if swapped:
             rows, cols = cols, rows
-    lines_per_slab, slabs = _slabs(form, batch, rows, cols, cut)
+    apart = _splits_matrices(spec) or spec.numel == 0
+    lines_per_slab, slabs = _slabs(form, batch, rows, cols, cut, apart)
     return Geometry(
         sizes=sizes,
         strides=strides,
@@ -169,22 +197,57 @@ def geometry_of(spec: TensorSpec, cut: Cut) -> Geometry:
     )
 
 
+def whole_of(spec: TensorSpec, geometry: Geometry) -> WholeParameter:
+    """Where a tensor is in its parameter."""
+    offset = (0,) * len(spec.shape) if spec.shard is None else spec.shard.offset
+    elements = zip(offset, _row_major(spec.whole), strict=True)
+    first_element = sum(first * stride for first, stride in elements)
+    if spec.view is None or spec.view.permutation is None:
+        rows, cols = geometry.rows, geometry.cols
+        return WholeParameter(rows, cols, 0, 0, first_element, ((geometry.batch, 1),), 0)
+    *stacked, row, col = spec.view.permutation
+    if geometry.swapped:
+        row, col = col, row
+    strides = _row_major(tuple(spec.whole[d] for d in stacked))
+    return WholeParameter(
+        rows=spec.whole[row],
+        cols=spec.whole[col],
+        first_row=offset[row],
+        first_col=offset[col],
+        first_element=first_element,
+        stack=tuple(
+            (size, stride)
+            for size, (stride,) in _merged(
+                [(spec.shape[d], (stride,)) for d, stride in zip(stacked, strides, strict=True)]
+            )
+        ),
+        first_matrix=sum(offset[d] * stride for d, stride in zip(stacked, strides, strict=True)),
+    )
+
+
+def _splits_matrices(spec: TensorSpec) -> bool:
+    """Whether the lines of a matrix are on several processes, or parts of each line."""
+    return bool(spec.rows_over or spec.cols_over)
+
+
 def _form(spec: TensorSpec, cut: Cut) -> Form:
     if spec.view is None:
         return Form.UNFACTORED
+    if _splits_matrices(spec):
+        return Form.FACTORED  # its sums are only known once they have been taken
     size = spec.view.rows * spec.view.cols
     if size <= TINY_ELEMENTS:
         return Form.TINY
     return Form.SMALL if size <= cut.small_elements and size < spec.numel else Form.FACTORED
 
 
-def _slabs(form: Form, batch: int, rows: int, cols: int, cut: Cut) -> tuple[int, int]:
-    """Lines of a slab, and slabs."""
+def _slabs(form: Form, batch: int, rows: int, cols: int, cut: Cut, apart: bool) -> tuple[int, int]:
+    """Lines of a slab, and slabs; ``apart`` where a slab must not have lines of two matrices."""
     # Only sums across lines have to stay small beside what is summed.
     least = cut.slab_lines if form is Form.FACTORED else 1
-    lines = max(least, cut.slab_elements // cols, -(-rows // cut.most_slabs))
+    lines = max(least, cut.slab_elements // max(1, cols), -(-rows // cut.most_slabs))
     if form is Form.SMALL or rows <= lines:
-        matrices = max(1, cut.slab_elements // (rows * cols))
+        matrices = 1 if apart else max(1, cut.slab_elements // (rows * cols))
         return matrices * rows, -(-batch // matrices)
     return lines, batch * -(-rows // lines)
 
@@ -206,7 +269,7 @@ def _merged(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[in
         if merged and merged[-1][1] == tuple(stride * size for stride in strides):
             size *= merged.pop()[0]
         merged.append((size, strides))
-    return merged or [(1, (1, 1, 1, 1))]
+    return merged
 
 
 def is_whole(geometry: Geometry, cut: Cut) -> bool:
@@ -241,6 +304,32 @@ def items_of(
             yield from _second_sweeps(geometries, waiting)
             waiting = [number]
     yield from _second_sweeps(geometries, waiting)
+
+
+def items_between_sums(
+    geometries: Sequence[Geometry], phases: Sequence[Phase]
+) -> Iterator[tuple[ItemKind, int, int]]:
+    """Items of tensors whose sums are taken over processes before FINALIZE and before APPLY.
+
+    The last sweep begins with the tensor that was read last.
+    """
+    numbers = range(len(geometries))
+    slabs = [range(geometry.slabs) for geometry in geometries]
+    if Phase.STATS in phases:
+        yield from ((ItemKind.STATS, number, slab) for number in numbers for slab in slabs[number])
+        for number, geometry in enumerate(geometries):
+            merges = range(merges_of(geometry, CPU_CUT))
+            yield from ((ItemKind.MERGE, number, part) for part in merges)
+            yield ItemKind.SHARE, number, 0
+    elif Phase.FINALIZE in phases:
+        yield from ((ItemKind.FINALIZE, number, 0) for number in numbers)
+        for number in numbers:
+            yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs[number])
+        yield from ((ItemKind.MEASURE, number, 0) for number in numbers)
+    else:
+        yield from ((ItemKind.SETTLE, number, 0) for number in numbers)
+        for number in reversed(numbers):
+            yield from ((ItemKind.APPLY, number, slab) for slab in reversed(slabs[number]))
 
 
 def _second_sweeps(

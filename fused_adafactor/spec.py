@@ -110,6 +110,11 @@ class TensorSpec:
     mirror_dtype: torch.dtype | None = None
 
     @property
+    def is_split(self) -> bool:
+        """Whether other processes have other parts of it; a copy is as good as a plain tensor."""
+        return self.shard is not None and bool(self.shard.over)
+
+    @property
     def whole(self) -> tuple[int, ...]:
         """Shape of the parameter, on all processes together."""
         return self.shape if self.shard is None else self.shard.whole
@@ -190,8 +195,11 @@ class TensorSpec:
 
     @property
     def swapped(self) -> bool:
-        """Whether lines are the columns of the view: they are contiguous, and its rows are not."""
-        if self.view is None or self.view.permutation is None:
+        """Whether lines are the columns of the view: they are contiguous, and its rows are not.
+
+        Never where the rows are on several processes: these have to know what is weighted by row.
+        """
+        if self.view is None or self.view.permutation is None or self.rows_over:
             return False
         row, col = (self.param_strides[d] for d in self.view.permutation[-2:])
         return row == 1 and col != 1 and self.view.rows * self.view.cols > TINY_ELEMENTS
@@ -296,9 +304,16 @@ def _view_of(
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: the tensor, unless it is distributed (a DTensor)."""
+    """What this process has of a tensor: the tensor, unless it is distributed (a DTensor).
+
+    A gradient that a collective is still bringing is waited for: it has no memory before.
+    """
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else cast(Tensor, to_local())
+    if to_local is None:
+        return tensor
+    part = to_local()
+    wait = getattr(part, "wait", None)  # of torch's AsyncCollectiveTensor
+    return cast(Tensor, part if wait is None else wait())
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -102,7 +102,7 @@ Written<P> written_at(const Tensor& t, int64_t k) {
 // Of the element k and those that follow it.
 inline Draws draws_at(const Tensor& t, const Rule& r, int64_t k) {
   if (!rounds_stochastically(t, r)) return {};
-  return {true, random_key(t, r, kParamStream), uint64_t(offset_of(t, t.logical, k))};
+  return {true, random_key(t, r, kParamStream), uint64_t(t.whole.first_element + offset_of(t, t.logical, k))};
 }
 
 // Calls f(k, n) for elements k .. k + n: all of them at once, or chunk by chunk where there is a mirror to be written
@@ -233,7 +233,7 @@ void write_factors(const Tensor& t, const Matrix<M>& m, Lines lines) {
   const int64_t n = lines.end - lines.begin;
   convert_to(m.line + (lines.begin - m.first), t.line_var, t.moment_dtype, lines.begin, 1, n);
   if (lines.begin != m.first) return;
-  convert_to(m.cross, t.cross_var, t.moment_dtype, m.first / t.rows * t.cols, 1, t.cols);
+  convert_to(m.cross, t.cross_var, t.moment_dtype, m.number * t.cols, 1, t.cols);
 }
 
 template <class M>
@@ -261,7 +261,8 @@ void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   const double ratio = r.clip_threshold < 0 ? 1.0 : t.update_rms / r.clip_threshold;
   const double clip = ratio < 1.0 ? 1.0 : ratio;  // so written that NaN stays
   if (t.form == kFactored) {
-    apply_matrix(t, r, Sums<M>(t, scratch).matrix(t, lines.begin / t.rows), lines, clip, buffers);
+    const Matrix<M> m = Sums<M>(t, scratch).matrix(t, matrix_of(t, slab));
+    t.numel == 0 ? write_factors(t, m, lines) : apply_matrix(t, r, m, lines, clip, buffers);
   } else if (t.form == kSmall) {
     LineSums<M> ignored{};
     for_each_small(t, r, lines, ignored, buffers, false, [&](const Matrix<M>& m, double) {
@@ -298,7 +299,7 @@ inline void accumulate_plainly(const Tensor& t, int64_t begin, int64_t end) {
 
 template <class M>
 void accumulate_in(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& buffers) {
-  if (t.skip) return;
+  if (t.skip || t.numel == 0) return;
   Chunk<M> c(buffers);
   const Lines lines = lines_of(t, slab);
   const M scale = M(t.grad_scale);

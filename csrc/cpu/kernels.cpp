@@ -26,6 +26,8 @@ void update_rms(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuf
   FA_BY_MATH(t, update_rms_in, t, r, slab, scratch, b);
 }
 void measure(Tensor& t, const Rule& r, void* scratch) { FA_BY_MATH(t, measure_in, t, r, scratch); }
+void share(Tensor& t, const Rule& r, void* scratch, ThreadBuffers& b) { FA_BY_MATH(t, share_in, t, r, scratch, b); }
+void settle(Tensor& t) { FA_BY_MATH(t, settle_in, t); }
 void apply(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& b) {
   FA_BY_MATH(t, apply_in, t, r, slab, scratch, b);
   if (t.mirror != nullptr) publish_streamed();
@@ -42,7 +44,7 @@ void average(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {stats, merge, finalize, update_rms, measure, apply, accumulate, average};
+const Kernels kernels = {stats, merge, finalize, update_rms, measure, share, settle, apply, accumulate, average};
 
 }  // namespace FA_ISA
 }  // namespace fused_adafactor

@@ -149,7 +149,7 @@ void new_moments(const Tensor& t, const Rule& r, Stream stream, const void* var,
     M old[kChunk];
     const int64_t n = least(kChunk, count - i);
     convert_from(old, var, t.moment_dtype, first + i, 1, n);
-    for (int64_t j = 0; j < n; ++j) sums[i + j] = beta2 * old[j] + rest * ((sums[i + j] + added) * by);
+    for (int64_t j = 0; j < n; ++j) sums[i + j] = new_moment(old[j], (sums[i + j] + added) * by, beta2, rest);
   }
   round_moments(t, r, stream, first, count, sums);
 }

@@ -56,37 +56,56 @@ Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
   return smallest_line * largest_factor > most ? Clamp::kEveryLine : Clamp::kSomeLines;
 }
 
+// Whether lines are kept as sums of g² until kFinalize: clipping is not known yet, or not all of their elements are here.
+inline bool lines_are_raw(const Tensor& t, const Rule& r) { return r.norm_clipped || t.partial.line_sq != nullptr; }
+
+// Σ row_var of a matrix whose rows are on several processes: it was summed up, or follows from two sums, in which it is
+// linear.
+template <class M>
+double sum_of_split_rows(const Tensor& t, const Rule& r, int64_t number) {
+  const double sum = static_cast<const M*>(t.partial.row_var_sum)[number];
+  if (t.partial.row_sq_sum == nullptr) return sum;
+  double grad_sq = static_cast<const M*>(t.partial.row_sq_sum)[number] * t.grad_factor * t.grad_factor;
+  if (r.eps1_rule == kEps1Add) grad_sq += double(t.whole.rows) * double(t.whole.cols) * r.eps1;
+  return r.beta2 * sum + (1.0 - r.beta2) * (r.sums ? grad_sq : grad_sq / double(t.whole.cols));
+}
+
 // The factors of a matrix, from its line and cross sums; returns what these say of its Σ u². The rest of it, see
 // is_measured, takes another look at the gradient.
 template <class M>
 double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
-  const int64_t first = m.first / t.rows * t.cols;
+  const int64_t first = m.number * t.cols;
   const M square = M(t.grad_factor) * M(t.grad_factor);
-  const bool raw = r.norm_clipped && t.form == kFactored;
+  const bool raw = lines_are_raw(t, r) && t.form == kFactored;
   if (raw) {
     for (int64_t l = 0; l < t.rows; ++l) m.line[l] *= square;
     for (int64_t j = 0; j < t.cols; ++j) m.cross[j] *= square;
-    new_moments(t, r, stream_of_lines(t), t.line_var, m.first, t.rows, t.cols, m.line);
+    new_moments(t, r, stream_of_lines(t), t.line_var, m.first, t.rows, t.whole.cols, m.line);
   }
-  const double grad_sq = total_of(m.cross, t.cols);
-  new_moments(t, r, stream_across(t), t.cross_var, first, t.cols, t.rows, m.cross);
+  const double grad_sq = t.partial.cross_sq != nullptr ? double(*m.grad_sq) : total_of(m.cross, t.cols);
+  new_moments(t, r, stream_across(t), t.cross_var, first, t.cols, t.whole.rows, m.cross);
   const M* row = t.swapped ? m.cross : m.line;
   const int64_t rows = t.swapped ? t.cols : t.rows;
-  const double total = total_of(row, rows);
-  M norm = M(r.sums ? total : total / double(rows));
+  const double total =
+      t.partial.row_var_sum != nullptr ? sum_of_split_rows<M>(t, r, m.number) : total_of(row, rows);
+  M norm = M(r.sums ? total : total / double(t.swapped ? t.whole.cols : t.whole.rows));
   if (r.eps1_rule == kEps1Clamp && norm < M(r.eps1)) norm = M(r.eps1);
   *m.norm = norm;
   for (int64_t j = 0; j < t.cols; ++j) m.factor[j] = m.cross[j] > M(0) ? m.factor[j] / m.cross[j] : M(0);
   const double share = total_of(m.factor, t.cols);
   memcpy(m.factor, m.cross, t.cols * sizeof(M));
   inverse_roots(m.factor, t.cols);
+  const double known = share * double(norm);
+  if (t.partial.weighted != nullptr) {  // of all rows, so no other Σ u² can be put beside it
+    *m.clamp = Clamp::kNowhere;
+    return known;
+  }
   *m.clamp = clamp_of(t, r, m);
   if (r.amsgrad || raw) {
     *m.clamp = Clamp::kEveryLine;  // the identity does not hold, or was taken before its time
   } else if (*m.clamp == Clamp::kEverywhere && r.momentum == kMomentumGrad) {
     *m.clamp = Clamp::kEveryLine;  // Σ num² is not known
   }
-  const double known = share * double(norm);
   if (*m.clamp == Clamp::kNowhere && !is_finite(known)) *m.clamp = Clamp::kEveryLine;
   if (*m.clamp == Clamp::kSomeLines) {
     // What has been counted without the clamp is taken off again. Its rounding stays: it must be small beside d².

@@ -105,6 +105,30 @@ class RandomBits {
 inline Stream stream_of_lines(const Tensor& t) { return t.swapped ? kColVarStream : kRowVarStream; }
 inline Stream stream_across(const Tensor& t) { return t.swapped ? kRowVarStream : kColVarStream; }
 
+// Number in the whole parameter of a matrix of this part of it.
+inline int64_t whole_matrix(const WholeParameter& whole, int64_t number) {
+  int64_t found = whole.first_matrix;
+  for (int d = whole.stack_ndim - 1; d >= 0; --d) {
+    found += number % whole.stack_sizes[d] * whole.stack_strides[d];
+    number /= whole.stack_sizes[d];
+  }
+  return found;
+}
+
+// Index in the whole entry of number k of second moments, and how many follow it there one after the other.
+inline Run moment_at(const Tensor& t, Stream stream, int64_t k) {
+  if (t.form == kUnfactored) {
+    const Run run = run_at(t, t.logical, k);
+    return {t.whole.first_element + run.offset, stride_of_runs(t, t.logical) == 1 ? run.count : 1};
+  }
+  if (!t.whole.is_split) return {k, INT64_MAX};
+  const bool of_lines = stream == stream_of_lines(t), tiny = t.form == kTiny;
+  const int64_t count = tiny ? (of_lines ? t.matrix_rows : t.matrix_cols) : (of_lines ? t.rows : t.cols);
+  const int64_t all = tiny ? count : (of_lines ? t.whole.rows : t.whole.cols);
+  const int64_t begin = of_lines ? t.whole.first_row : t.whole.first_col;
+  return {whole_matrix(t.whole, k / count) * all + begin + k % count, count - k % count};
+}
+
 // New second moments as they are read back from their dtype, `count` of them from number `first` of their entry on.
 // In bfloat16 they are rounded at random: an average that is rounded to nearest stalls.
 template <class M>
@@ -115,11 +139,13 @@ void round_moments(const Tensor& t, const Rule& r, Stream stream, int64_t first,
     return;
   }
   RandomBits bits;
-  for (int64_t i = 0; i < count; i += kChunk) {
-    const int64_t n = least(kChunk, count - i);
-    const uint16_t* random = bits.of(random_key(t, r, stream), uint64_t(first + i), n);
+  for (int64_t i = 0; i < count;) {
+    const Run run = moment_at(t, stream, first + i);
+    const int64_t n = least(least(kChunk, run.count), count - i);
+    const uint16_t* random = bits.of(random_key(t, r, stream), uint64_t(run.offset), n);
     M* part = value + i;
     for (int64_t j = 0; j < n; ++j) part[j] = M(from_bfloat16(to_bfloat16_stochastic(float(part[j]), random[j])));
+    i += n;
   }
 }
 
@@ -132,7 +158,8 @@ inline void write_stochastic(const Tensor& t, const Rule& r, const int64_t* stri
   for (int64_t i = 0; i < n;) {
     const Run to = run_at(t, strides, k + i), run = run_at(t, t.logical, k + i);
     const int64_t count = logical_stride == 1 ? least(run.count, n - i) : 1;
-    const uint16_t* random = bits.of(random_key(t, r, kParamStream), uint64_t(run.offset), count);
+    const uint64_t element = uint64_t(t.whole.first_element + run.offset);
+    const uint16_t* random = bits.of(random_key(t, r, kParamStream), element, count);
     uint16_t* out = all + to.offset;
     if (stride == 1) {
       for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16_stochastic(value[i + j], random[j]);

@@ -3,7 +3,7 @@
 #ifndef FUSED_ADAFACTOR_CPU_STATISTICS_H
 #define FUSED_ADAFACTOR_CPU_STATISTICS_H
 
-#include "matrix.h"
+#include "shared.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -14,15 +14,16 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   Sums<M> sums(t, scratch);
   double* sum = sums.slab + 3 * slab;
   sum[0] = sum[1] = sum[2] = 0;
+  if (t.numel == 0) return zero_sums(t, sums, slab);
   const Lines lines = lines_of(t, slab);
   if (t.form == kFactored || t.form == kSmall) {
     LineSums<M> s{};
     s.with_param = t.measures_param_rms;
-    s.raw = r.norm_clipped;
+    s.raw = lines_are_raw(t, r);
     if (t.form == kSmall) {
       for_each_small(t, r, lines, s, buffers, true, [&](const Matrix<M>&, double part) { sum[2] += part; });
     } else {
-      const Matrix<M> m = sums.matrix(t, lines.begin / t.rows);
+      const Matrix<M> m = sums.matrix(t, matrix_of(t, slab));
       const bool whole = slabs_per_matrix(t) == 1;
       s.line = m.line + (lines.begin - m.first);
       s.across = whole ? m.cross : sums.partial + 2 * slab * t.cols;
@@ -62,7 +63,7 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
 // alpha_t = max(eps2, RMS(p)) rho_t, and RMS(p).
 inline void set_alpha(Tensor& t, const Rule& r, double param_sq) {
   t.alpha = r.rho;
-  t.param_rms = std::sqrt(param_sq / double(t.numel));
+  t.param_rms = std::sqrt(param_sq / double(t.whole.numel));
   if (r.eps2 < 0) return;
   double scale = t.param_rms;
   if (r.decay_before_rms && r.decay_factor != kNoDecay) {
@@ -98,27 +99,30 @@ void finalize_in(Tensor& t, const Rule& r, void* scratch) {
     s.slab[3 * i + 2] = 0;  // for the third sweep
   }
   if (r.norm_clipped) sums[2] = 0;  // what was summed was not clipped yet
+  take_scalars<M>(t, sums);
   t.grad_sq = sums[0];
   if (r.skips && !is_finite(M(t.grad_sq))) t.skip = 1;
   set_alpha(t, r, sums[1]);
-  if (t.form == kFactored) {
+  if (t.form == kFactored && t.partial.update_sq == nullptr) {
     for (int64_t number = 0; number < t.batch; ++number) {
       Matrix<M> m = s.matrix(t, number);
+      take_matrix(t, m);
       sums[2] += finalize_matrix(t, r, m);
     }
   }
   t.update_sq = sums[2];
-  t.update_rms = std::sqrt(t.update_sq / double(t.numel));
+  t.update_rms = std::sqrt(t.update_sq / double(t.whole.numel));
 }
 
 // What the first sweep could not tell of Σ u².
 template <class M>
 void update_rms_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& buffers) {
+  if (t.numel == 0 || t.partial.update_sq != nullptr) return;
   Sums<M> s(t, scratch);
   double& sum = s.slab[3 * slab + 2];
   const Lines lines = lines_of(t, slab);
   if (t.form == kFactored) {
-    sum = measure_lines(t, r, s.matrix(t, lines.begin / t.rows), lines, buffers);
+    sum = measure_lines(t, r, s.matrix(t, matrix_of(t, slab)), lines, buffers);
   } else if (r.norm_clipped && t.measures) {
     sum = 0;
     if (t.form == kSmall) {
@@ -139,12 +143,26 @@ void update_rms_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, Thread
   }
 }
 
+inline void set_update_rms(Tensor& t, double update_sq) {
+  t.update_rms = std::sqrt((update_sq < 0 ? 0.0 : update_sq) / double(t.whole.numel));  // so written that NaN stays
+}
+
 template <class M>
 void measure_in(Tensor& t, const Rule&, void* scratch) {
   Sums<M> s(t, scratch);
   double sum = t.update_sq;
   for (int64_t i = 0; i < t.slabs; ++i) sum += s.slab[3 * i + 2];
-  t.update_rms = std::sqrt((sum < 0 ? 0.0 : sum) / double(t.numel));  // so written that NaN stays
+  if (t.partial.measured_sq != nullptr) {
+    put<M>(t.partial.measured_sq, t.says_update_sq ? sum : 0.0);
+  } else {
+    set_update_rms(t, sum);
+  }
+}
+
+// RMS(u) from Σ u² of all processes.
+template <class M>
+void settle_in(Tensor& t) {
+  if (t.partial.measured_sq != nullptr) set_update_rms(t, double(*static_cast<const M*>(t.partial.measured_sq)));
 }
 
 }  // namespace

@@ -44,15 +44,16 @@ int32_t best_isa() {
 
 int32_t chosen_isa = best_isa();
 
-// How far a tensor has come.
+// Items of this call that are left to do of a tensor.
 struct Progress {
-  std::atomic<int32_t> stats_left{0}, merges_left{0}, update_rms_left{0}, apply_left{0}, finalized{0}, measured{0};
+  std::atomic<int32_t> stats_left{0}, merges_left{0}, finalize_left{0};
+  std::atomic<int32_t> update_rms_left{0}, measure_left{0}, apply_left{0};
 };
 
-inline void wait_for(const std::atomic<int32_t>& value, int32_t wanted) {
+inline void wait_for(const std::atomic<int32_t>& left) {
   // What is waited for comes within microseconds, unless somebody else has the core of the thread that it comes from.
   constexpr int32_t kPatience = 4096;
-  for (int32_t tries = 0; value.load(std::memory_order_acquire) != wanted; ++tries) {
+  for (int32_t tries = 0; left.load(std::memory_order_acquire) != 0; ++tries) {
     if (tries >= kPatience) {
       std::this_thread::yield();
       continue;
@@ -142,6 +143,8 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
     Progress& p = progress[item.tensor];
     if (item.kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kMerge) p.merges_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kFinalize) p.finalize_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kMeasure || item.kind == kSettle) p.measure_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kApply) p.apply_left.fetch_add(1, std::memory_order_relaxed);
     only_sums = only_sums && item.kind == kStats;
@@ -166,34 +169,43 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
           for (int64_t slab = t.slabs - 1; slab >= 0; --slab) kernels.apply(t, r, slab, buffers.whole, buffers);
           break;
         case kStats:
-          if (t.after >= 0) wait_for(progress[t.after].apply_left, 0);
+          if (t.after >= 0) wait_for(progress[t.after].apply_left);
           kernels.stats(t, r, item.slab, scratch, buffers);
           p.stats_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kMerge:
-          wait_for(p.stats_left, 0);
+          wait_for(p.stats_left);
           kernels.merge(t, item.slab, scratch);
           p.merges_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
+        case kShare:
+          wait_for(p.stats_left);
+          wait_for(p.merges_left);
+          kernels.share(t, r, scratch, buffers);
+          break;
         case kFinalize:
-          wait_for(p.stats_left, 0);
-          wait_for(p.merges_left, 0);
+          wait_for(p.stats_left);
+          wait_for(p.merges_left);
           kernels.finalize(t, r, scratch);
-          p.finalized.store(1, std::memory_order_release);
+          p.finalize_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kUpdateRms:
-          wait_for(p.finalized, 1);
+          wait_for(p.finalize_left);
           kernels.update_rms(t, r, item.slab, scratch, buffers);
           p.update_rms_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kMeasure:
-          wait_for(p.finalized, 1);
-          wait_for(p.update_rms_left, 0);
+          wait_for(p.finalize_left);
+          wait_for(p.update_rms_left);
           kernels.measure(t, r, scratch);
-          p.measured.store(1, std::memory_order_release);
+          p.measure_left.fetch_sub(1, std::memory_order_acq_rel);
+          break;
+        case kSettle:
+          kernels.settle(t);
+          p.measure_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kApply:
-          wait_for(p.measured, 1);
+          wait_for(p.measure_left);
           kernels.apply(t, r, item.slab, scratch, buffers);
           p.apply_left.fetch_sub(1, std::memory_order_acq_rel);
           break;

@@ -36,26 +36,32 @@ inline Lines lines_of(const Tensor& t, int64_t slab) {
   return {begin, least(first + t.rows, begin + t.lines_per_slab)};
 }
 
+// The matrix of a slab of kFactored, which holds lines of one only.
+inline int64_t matrix_of(const Tensor& t, int64_t slab) { return slab / slabs_per_matrix(t); }
+
 // How far torch.optim's clamp, v >= eps1², reaches into a matrix.
 enum class Clamp { kNowhere, kSomeLines, kEveryLine, kEverywhere };
 
 // What is known of one matrix once its lines have been read.
 template <class M>
 struct Matrix {
+  int64_t number;
   int64_t first;    // number of its first line
   Clamp* clamp;
   M* norm;
   M* largest;       // largest finite factor
+  M* grad_sq;       // Σ g² of what is here of it, where it is split over processes
   M* line;          // [rows]  new second moments of the lines
   M* cross;         // [cols]  Σ g² across the lines, then the new second moments there
   M* factor;        // [cols]  Σ num² / line, then 1 / sqrt(cross)
 
   static int64_t bytes(const Tensor& t) { return (64 + int64_t(sizeof(M)) * (t.rows + 2 * t.cols) + 63) / 64 * 64; }
 
-  Matrix(const Tensor& t, int64_t number, char* at) : first(number * t.rows) {
+  Matrix(const Tensor& t, int64_t number, char* at) : number(number), first(number * t.rows) {
     clamp = reinterpret_cast<Clamp*>(at);
     norm = reinterpret_cast<M*>(at + 16);
     largest = reinterpret_cast<M*>(at + 32);
+    grad_sq = reinterpret_cast<M*>(at + 48);
     line = reinterpret_cast<M*>(at + 64);
     cross = line + t.rows;
     factor = cross + t.cols;

@@ -23,6 +23,8 @@ REQUESTS = ("auto", *NAMES)
 
 # Those that need more than torch, best first.
 _NATIVE = ("triton", "cuda", "cpp")
+# Those of them that step parts of parameters that are split over processes.
+_STEP_PARTS = ("cpp",)
 
 
 class Executor(Protocol):
@@ -98,13 +100,13 @@ def availability() -> dict[str, str | None]:
     return {**dict.fromkeys(NAMES), **{n: _native(n).missing() for n in _NATIVE}}
 
 
-def choose(request: str, device: torch.device, distributed: bool = False) -> Facts:
+def choose(request: str, device: torch.device, split: bool = False) -> Facts:
     """Choose the backend for tensors on a device.
 
     Args:
         request: From ``parse_request``. A named backend is used or refused, never replaced.
         device: Where the tensors are.
-        distributed: Whether they are parts of distributed ones.
+        split: Whether other processes have other parts of them.
 
     Raises:
         RuntimeError: The named backend cannot run, or native code was asked for by one of its
@@ -118,8 +120,7 @@ def choose(request: str, device: torch.device, distributed: bool = False) -> Fac
             reasons[name] = _native(name).refusal(device)
         else:
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
-    if distributed:
-        for name in _NATIVE:
+        if reasons[name] is None and split and name not in _STEP_PARTS:
             reasons[name] = f"the {name} backend does not step distributed tensors in this version"
     if request == "auto":
         return _choose_auto(device, reasons)

@@ -32,10 +32,20 @@ from fused_adafactor.rule import (
     Rule,
     Scalars,
 )
-from fused_adafactor.slabs import CPU_CUT, Form, Geometry, ItemKind, geometry_of, is_whole, items_of
+from fused_adafactor.slabs import (
+    CPU_CUT,
+    Form,
+    Geometry,
+    ItemKind,
+    geometry_of,
+    is_whole,
+    items_between_sums,
+    items_of,
+    whole_of,
+)
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
@@ -62,6 +72,24 @@ class _Rule(ctypes.Structure):
     ]
 
 
+class _PartialSums(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad_sq", "param_sq", "update_sq", "measured_sq")),
+        *((name, ctypes.c_void_p) for name in ("row_var_sum", "row_sq_sum")),
+        *((name, ctypes.c_void_p) for name in ("line_sq", "cross_sq", "weighted")),
+    ]
+
+
+class _WholeParameter(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("numel", "rows", "cols", "first_row", "first_col")),
+        ("first_element", ctypes.c_int64),
+        *((name, ctypes.c_int64 * _MAX_DIMS) for name in ("stack_sizes", "stack_strides")),
+        ("first_matrix", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("stack_ndim", "is_split")),
+    ]
+
+
 class _Tensor(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64 * _MAX_DIMS) for name in ("sizes", "strides", "state_strides")),
@@ -80,6 +108,9 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
         *((name, ctypes.c_int64) for name in ("scratch", "after")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
+        ("whole", _WholeParameter),
+        ("partial", _PartialSums),
+        *((name, ctypes.c_int32) for name in ("says_update_sq", "pad_sums")),
         *((name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")),
         ("update_sq", ctypes.c_double),
     ]
@@ -176,6 +207,7 @@ class _Executor:
     def __init__(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> None:
         count = len(bindings)
         self.params = [b.param for b in bindings]
+        self.are_split = bindings[0].planned.spec.is_split  # a plan has only such, or none
         self.geometries = [_geometry_of(b.planned.spec) for b in bindings]
         self.tensors = (_Tensor * count)()
         # A gradient that is not laid out like its parameter is copied in every step; nothing else.
@@ -197,6 +229,7 @@ class _Executor:
         for record, b, geometry in zip(self.tensors, bindings, self.geometries, strict=True):
             _fill_geometry(record, b, geometry)
             _fill_memory(record, b, geometry)
+            _fill_sums(record, b, geometry)
             eps1 = b.rule.eps1_of(b.planned.spec.param_dtype, b.planned.spec.math_dtype)
             key = (id(b.cohort), eps1)
             if key not in rules:
@@ -236,13 +269,14 @@ class _Executor:
         """Run phases, in order, of an update."""
         key = tuple(phases)
         if key not in self.items:
-            self.items[key] = _records_of(items_of(self.geometries, phases))
-        only_sums = Phase.APPLY not in phases
+            items = items_between_sums if self.are_split else items_of
+            self.items[key] = _records_of(items(self.geometries, phases))
         self._execute(self.items[key], exchange, reports=True)
-        if only_sums:
+        if Phase.APPLY in phases:
+            if exchange.wants_param_rms:
+                exchange.param_rms = self.outcomes[:, 1].to(self.math_dtype, copy=True)
+        elif not self.are_split:
             exchange.grad_sq = self.outcomes[:, 0].to(self.math_dtype, copy=True)
-        elif exchange.wants_param_rms:
-            exchange.param_rms = self.outcomes[:, 1].to(self.math_dtype, copy=True)
 
     def run_activity(self, activity: Activity, exchange: Exchange) -> None:
         """Run an activity that has no update."""
@@ -275,7 +309,7 @@ class _Executor:
         self._send_numbers(idle)
         grads = self._laid_out(exchange.grads)
         addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
-        if grads and 0 in addresses:
+        if grads and 0 in addresses and any(g.numel() and not g.data_ptr() for g in grads):
             raise RuntimeError("a gradient has no memory: its storage was freed")
         factor, skip = exchange.grad_factor, exchange.skip
         if factor is not None:
@@ -361,6 +395,28 @@ def _fill_memory(record: _Tensor, b: Binding, geometry: Geometry) -> None:
         setattr(record, name, tensor.data_ptr())
 
 
+def _fill_sums(record: _Tensor, b: Binding, geometry: Geometry) -> None:
+    """Where it is in its parameter, and pointers to its sums over processes."""
+    spec, whole = b.planned.spec, whole_of(b.planned.spec, geometry)
+    record.whole.numel, record.whole.is_split = spec.whole_numel, spec.is_split
+    for name in ("rows", "cols", "first_row", "first_col", "first_element", "first_matrix"):
+        setattr(record.whole, name, getattr(whole, name))
+    record.whole.stack_ndim = len(whole.stack)
+    for number, (size, stride) in enumerate(whole.stack):
+        record.whole.stack_sizes[number], record.whole.stack_strides[number] = size, stride
+    if len(b.sums) < 2:
+        return
+    names = {"row_sq": "line_sq", "col_sq": "cross_sq", "col_weighted": "weighted"}
+    if geometry.swapped:
+        names = {"row_sq": "cross_sq"}
+    for name, tensor in b.sums[0].items():
+        if name != "present":
+            setattr(record.partial, names.get(name, name), tensor.data_ptr())
+    for tensor in b.sums[1].values():
+        record.partial.measured_sq = tensor.data_ptr()
+    record.says_update_sq = "col_weighted" not in b.sums[0] or spec.has_first_row
+
+
 def _scratch_bytes(geometry: Geometry, b: Binding) -> int:
     """Bytes of ``Sums`` in csrc/cpu/sums.h."""
     sums = _cache_lines(24 * geometry.slabs)
@@ -369,7 +425,7 @@ def _scratch_bytes(geometry: Geometry, b: Binding) -> int:
     size = 8 if b.planned.spec.math_dtype is torch.float64 else 4
     matrix = _cache_lines(64 + size * (geometry.rows + 2 * geometry.cols))
     partial = 0
-    if geometry.lines_per_slab < geometry.rows:
+    if geometry.slabs_per_matrix > 1:
         partial = _cache_lines(2 * size * geometry.slabs * geometry.cols)
     return sums + geometry.batch * matrix + partial
 

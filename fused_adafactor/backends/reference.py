@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Binding, Exchange, PartialSum
+from fused_adafactor.binding import Binding, Exchange
 from fused_adafactor.blocks import dequantise, quantise
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
@@ -43,6 +43,7 @@ class _Partials:
     # Of distributed rows: the sum of the new row_var, or of the old one where row_sq_sum is there.
     row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i
     row_sq_sum: Tensor | None = None  # [...]  Σ_ij g²
+    grad_sq: Tensor | None = None  # 0-d  Σ g² before any clipping
     update_sq: Tensor | None = None  # 0-d  Σ u², once known
     row_var: Tensor | None = None  # [..., n]  new row second moment, not yet stored
     col_var: Tensor | None = None  # [..., m]  new column second moment, not yet stored
@@ -56,7 +57,6 @@ class _Work(Binding):
         grad: Its gradient; None when only the average moves.
         grad_factor: What clipping by a norm multiplies it by, 0-d; else None.
         skip: 0-d bool, true if nothing may be written; None if that cannot be.
-        grad_sq: Set by ``stats``: Σ g² before any clipping, 0-d.
         param_rms: Set by ``finalize``: RMS(p), 0-d, if the rule needs it.
         alpha: Set by ``finalize``: the absolute step size alpha_t.
         update_rms: Set by ``apply``: RMS(u) before clipping, 0-d, if the rule clips.
@@ -66,7 +66,6 @@ class _Work(Binding):
     grad: Tensor | None
     grad_factor: Tensor | None = None
     skip: Tensor | None = None
-    grad_sq: Tensor | None = None
     param_rms: Tensor | None = None
     alpha: Number = 0.0
     update_rms: Tensor | None = None
@@ -86,14 +85,14 @@ class _Executor:
         for phase in phases:
             for b in work:
                 _PHASES[phase](b)
-        if Phase.STATS in phases and Phase.APPLY not in phases:
-            exchange.grad_sq = torch.stack([b.grad_sq for b in work if b.grad_sq is not None])
-            for b, grad_sq in zip(work, exchange.grad_sq, strict=True):
-                b.grad_sq = grad_sq
         if Phase.FINALIZE in phases:
             exchange.skip = _skips(work)
         if Phase.APPLY not in phases:
-            exchange.sums = [_sums(b, phases) for b in work]
+            if Phase.STATS in phases:
+                grad_sqs = [_partials(b).grad_sq for b in work]
+                exchange.grad_sq = torch.stack([sq for sq in grad_sqs if sq is not None])
+            for b in work:
+                _share(b, phases)
             return
         self.outcomes = [(b.param_rms, b.update_rms, b.alpha) for b in work]
         if exchange.wants_param_rms:
@@ -136,31 +135,21 @@ def _skips(work: Sequence[_Work]) -> Tensor | None:
     return torch.stack([never if b.skip is None else b.skip for b in work])
 
 
-def _sums(b: _Work, phases: Sequence[Phase]) -> list[PartialSum]:
-    """What of a distributed tensor is to be summed up over processes once phases are over."""
-    spec, partials = b.planned.spec, _partials(b)
-    if spec.shard is None:
-        return []
-    rows, cols, every = spec.rows_over, spec.cols_over, spec.shard.over
-    if Phase.STATS not in phases:
-        if b.planned.sweeps == 2 and (partials.col_weighted is None or set(every) == set(rows)):
-            return []  # Σu², or what it followed from, has been summed up
-        if partials.col_weighted is not None and partials.update_sq is not None:
+def _share(b: _Work, phases: Sequence[Phase]) -> None:
+    """Put what this process has of the sums of a split tensor where they are taken."""
+    if not b.sums:
+        return
+    partials = _partials(b)
+    wanted = b.sums[0 if Phase.STATS in phases else 1]
+    for name, total in wanted.items():
+        if name == "present":
+            continue
+        mine = getattr(partials, name)
+        if name == "update_sq" and partials.col_weighted is not None:
             # What followed from sums over all rows is that of all rows: one process says it.
-            partials.update_sq = partials.update_sq * spec.has_first_row
-        found = [(partials.update_sq, every)]
-    else:
-        found = [
-            (partials.row_sq, cols),
-            (partials.col_sq, rows),
-            (partials.col_weighted, rows),
-            (partials.row_var_sum, rows),
-            (partials.row_sq_sum, tuple(sorted((*rows, *cols)))),
-            (partials.param_sq, every),
-            (b.grad_sq, every),
-            (partials.update_sq, every),
-        ]
-    return [PartialSum(tensor, over) for tensor, over in found if tensor is not None]
+            mine = mine if b.planned.spec.has_first_row else torch.zeros_like(mine)
+        total.copy_(mine)
+        setattr(partials, name, total)
 
 
 def _tell(work: Sequence[_Work], exchange: Exchange) -> None:
@@ -191,9 +180,9 @@ def stats(b: _Work) -> None:
     grad_sq = grad.square()
     clip = b.rule.grad_clip
     if clip is not None and clip.kind is GradClipKind.VALUE:
-        b.grad_sq = _read_unclipped(b).square().sum()  # an Inf must not hide behind the clip
+        partials.grad_sq = _read_unclipped(b).square().sum()  # an Inf must not hide behind the clip
     else:
-        b.grad_sq = grad_sq.sum()
+        partials.grad_sq = grad_sq.sum()
     if b.rule.measures_param_rms:
         partials.param_sq = b.param.to(grad.dtype).square().sum()
     if b.row_var is not None:
@@ -204,7 +193,7 @@ def stats(b: _Work) -> None:
     if b.planned.sweeps == 2 and b.rule.clip_threshold is not None:
         if b.row_var is None:
             partials.update_sq = _update(b).square().sum()
-        elif spec.shard is not None and not spec.rows_over:
+        elif spec.is_split and not spec.rows_over:
             # Whole matrices, though not all of them: each gives its share of Σu² at once.
             _set_factors(b)
             partials.update_sq = _update(b).square().sum()
@@ -236,8 +225,9 @@ def finalize(b: _Work) -> None:
     Also whether the tensor is skipped, as its gradient is not finite.
     """
     partials = _partials(b)
-    if b.rule.nonfinite is Nonfinite.SKIP and b.grad_sq is not None:
-        broken = ~b.grad_sq.isfinite()
+    if b.rule.nonfinite is Nonfinite.SKIP:
+        assert partials.grad_sq is not None
+        broken = ~partials.grad_sq.isfinite()
         b.skip = broken if b.skip is None else b.skip | broken
     _set_factors(b)
     if partials.col_weighted is not None:

@@ -108,6 +108,7 @@ def test_the_extras_have_the_documented_defaults() -> None:
         "fused": None,
         "foreach": None,
         "differentiable": False,
+        "flat_parameters": "refuse",
         "clipnorm": None,
         "clipvalue": None,
         "global_clipnorm": None,

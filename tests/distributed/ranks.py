@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -54,7 +55,10 @@ def on_ranks(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]
                 world = count
 
                 def runTest(self) -> None:
-                    body(*args, **kwargs)
+                    try:
+                        body(*args, **kwargs)
+                    except pytest.fail.Exception as failure:  # no Exception: torch would drop it
+                        raise AssertionError(str(failure)) from failure
 
             case = Case("runTest")
             case.setUp()

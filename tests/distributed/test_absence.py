@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -263,21 +262,3 @@ def test_a_process_without_parameters_and_one_with_empty_parts() -> None:
         whole.step()
     if rank < 2:
         assert_close_parts(optimizer, whole, 1e-12)
-
-
-@on_every_rank
-def test_parameters_that_lost_their_shape_are_refused_by_name() -> None:
-    """Of FSDP1, whose marks these are, and of DeepSpeed."""
-    marks = {"_is_flat_param": "FSDP1", "_fsdp_flattened": "FSDP1", "ds_shape": "ZeRO-3"}
-    for mark, name in marks.items():
-        params: list[Tensor] = stepping.make_params([(3, 2), (6,)])
-        optimizer = HF(params)
-        setattr(params[1], mark, True)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        wanted = pytest.raises(ValueError, match=f"#1 in group 0.*{name}.*fully_shard")
-        with stepping.assert_untouched(optimizer), wanted:
-            optimizer.step()
-        with contextlib.suppress(AttributeError):
-            delattr(params[1], mark)
-        optimizer.step()

@@ -232,21 +232,6 @@ def test_zero_redundancy_optimizer_has_the_bits_of_a_single_process() -> None:
             assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("use_orig_params", [False, True])
-@on_processes(2)
-def test_flat_parameters_of_fsdp1_are_refused(use_orig_params: bool) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = FullyShardedDataParallel(
-        Model().requires_grad_(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    optimizer = HF(model.parameters())
-    backward(model, 0)
-    with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
-        optimizer.step()
-    assert not optimizer.state
-
-
 # --- what goes wrong -----------------------------------------------------------------------------
 
 

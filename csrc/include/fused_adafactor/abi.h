@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
@@ -39,6 +39,9 @@ enum ItemKind : int32_t {
   kAccumulate = 6,
   kAverage = 7,
   kMerge = 8,
+  // 9 and 10 are a GPU's.
+  kShare = 11,   // puts what this process has of the sums of a tensor where they are taken over all processes
+  kSettle = 12,  // RMS(u) from such a sum
 };
 
 // Columns of a matrix that one kMerge adds up over its slabs.
@@ -61,6 +64,31 @@ struct Rule {
   int32_t amsgrad, sums, rounding, overwrite_with_average;
   int32_t norm_clipped;     // gradients are clipped by a norm that is known after the statistics
   int32_t skips;            // a tensor whose Σ g² is not finite is left as it is
+};
+
+// Where the sums of a tensor lie that other processes have other parts of, in the math dtype: what this process has of
+// each, and once they have been taken the sums. Null for those that are not taken; see summing.py.
+struct PartialSums {
+  void* grad_sq;
+  void* param_sq;
+  void* update_sq;    // taken with those above
+  void* measured_sq;  // Σ u² too, taken before kApply
+  void* row_var_sum;  // [batch]  new ones; old ones where there is row_sq_sum. Lines are rows then, as below
+  void* row_sq_sum;   // [batch]
+  void* line_sq;      // [batch, rows]  lines are on several processes
+  void* cross_sq;     // [batch, cols]
+  void* weighted;     // [batch, cols]  Σ num² / line
+};
+
+// The parameter that a tensor is a part of, or is itself. Lines are those of the tensor.
+struct WholeParameter {
+  int64_t numel, rows, cols;
+  int64_t first_row, first_col;      // of the part in each matrix
+  int64_t first_element;             // its index, added to what `logical` makes of an element of the part
+  int64_t stack_sizes[kMaxDims];     // of the part's matrices, merged, and what numbers them in the parameter
+  int64_t stack_strides[kMaxDims];
+  int64_t first_matrix;
+  int32_t stack_ndim, is_split;      // other processes have other parts
 };
 
 // One tensor: its geometry in the order of its matrix view, its memory, and where its sums go. Filled once and used for
@@ -103,9 +131,12 @@ struct Tensor {
   int64_t scratch;            // offset of its sums in the scratch, in bytes
   int64_t after;              // number of the tensor whose scratch it takes over once that is applied, or -1
   int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
+  WholeParameter whole;
+  PartialSums partial;
+  int32_t says_update_sq, pad_sums;  // what follows from sums over all rows is said by one process
   // Written by the library.
   double grad_sq, param_rms, alpha, update_rms;
-  double update_sq;           // what is known of Σ u² before the third sweep
+  double update_sq;           // what is known here of Σ u² before the third sweep
 };
 
 // What a call found out about a tensor. The last three are known once its kFinalize and kMeasure have run.
