@@ -44,10 +44,7 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   const Job<M>& job = shared.job;
   const int dtype = T::param_dtype(job), momentum = T::momentum(job);
   Update<M, N> u;
-  update_of<T>(shared, at, g, inverse_v, u);
-  if (T::has(job, f::kAmsgradSwitch)) {
-    write<T>(job, f::kVarMax, f::kStateStrides, int(job.row[f::kMomentDtype]), at, u.var_max);
-  }
+  update_of<T, true>(shared, at, g, inverse_v, u);
   M delta[N];
   if (momentum == kMomentumUpdate || momentum == kMomentumStep) {
     const M scale = momentum == kMomentumUpdate ? job.by_clip : job.alpha * job.by_clip;

@@ -29,12 +29,11 @@ __device__ __forceinline__ void new_exp_avg(Shared<M>& shared, Place at, const M
   }
 }
 
-// What an update leaves behind to be stored.
+// An update, and what it leaves behind to be stored.
 template <class M, int kElements>
 struct Update {
   M value[kElements];    // u before clipping, 0 where there is no element
   M exp_avg[kElements];  // where momentum is on the gradient
-  M var_max[kElements];  // with AMSGrad
 };
 
 // num and the new average of g: num is that average where momentum is on the gradient, or g.
@@ -52,8 +51,9 @@ __device__ __forceinline__ void numerator(Shared<M>& shared, Place at, const M (
   }
 }
 
-// u before clipping, from g and 1 / sqrt(v).
-template <class T, class M>
+// u before clipping, from g and 1 / sqrt(v). The sweep that applies it stores AMSGrad's maxima here, where they are
+// known: no register has to keep them.
+template <class T, bool kApplies = false, class M>
 __device__ __forceinline__ void update_of(Shared<M>& shared, Place at, const M (&g)[T::kElements],
                                           const M (&inverse_v)[T::kElements], Update<M, T::kElements>& u) {
   const Job<M>& job = shared.job;
@@ -62,14 +62,16 @@ __device__ __forceinline__ void update_of(Shared<M>& shared, Place at, const M (
   if (T::has(job, f::kAmsgradSwitch)) {
     const int dtype = int(job.row[f::kMomentDtype]);
     const M scale = job.numbers[f::kAmsgradScale], eps1 = job.numbers[f::kEps1];
-    read<T>(job, f::kVarMax, f::kStateStrides, dtype, at, u.var_max);
+    M var_max[T::kElements];
+    read<T>(job, f::kVarMax, f::kStateStrides, dtype, at, var_max);
 #pragma unroll
     for (int i = 0; i < T::kElements; ++i) {
       const M inverse = at_most(inverse_v[i], limit);
       // To nearest: a maximum of values that are rounded at random would keep every one that came out too large.
-      u.var_max[i] = stored(new_maximum(M(1) / (inverse * inverse), u.var_max[i]), dtype);
-      u.value[i] = u.value[i] / (M(sqrt(u.var_max[i] * scale)) + eps1);
+      var_max[i] = stored(new_maximum(M(1) / (inverse * inverse), var_max[i]), dtype);
+      u.value[i] = u.value[i] / (M(sqrt(var_max[i] * scale)) + eps1);
     }
+    if constexpr (kApplies) write<T>(job, f::kVarMax, f::kStateStrides, dtype, at, var_max);
   } else {
 #pragma unroll
     for (int i = 0; i < T::kElements; ++i) u.value[i] *= at_most(inverse_v[i], limit);
