@@ -9,6 +9,7 @@ gradients, what is skipped) is set or made by ``Engine.run`` and gone with it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -284,7 +285,8 @@ class Engine:
                 if skips is not None and batch.activity is not Activity.ACCUMULATE:
                     # Tensors that had no gradient in this call learn here that it is skipped.
                     members = batch.members
-                    exchange.skip = skips.skipped.to(members.device)[members.counter_index]
+                    skipped = skips.skipped.to(members.device)[members.counter_index]
+                    exchange.skip = skipped | skips.all_absent.to(members.device)
                 batch.executor.run_activity(batch.activity, exchange)
             if exchange.absent is not None and batch.without_grad is not None:
                 assert skips is not None
@@ -328,15 +330,15 @@ class Engine:
 
         A message is under way as soon as all have run that it has sums of, while others run.
         """
-        under_way = []
-        for batch, exchange in parts:
-            run(batch, exchange)
-            if number == 0 and batch.present is not None:
-                batch.present.write(batch.members.presence)
-            if batch.messages:
-                under_way += [self._processes.start(message) for message in batch.messages[number]]
-        for wait in under_way:
-            wait()
+        if any(batch.messages for batch, _ in parts):
+            _refuse_freed(parts)
+        with contextlib.ExitStack() as under_way:  # left in an error too: memory is used again
+            for batch, exchange in parts:
+                run(batch, exchange)
+                if number == 0 and batch.present is not None:
+                    batch.present.write(batch.members.presence)
+                for message in batch.messages[number] if batch.messages else ():
+                    under_way.callback(self._processes.start(message))
         for batch, exchange in parts:
             if number == 0 and batch.present is not None:
                 skip_absent(batch.members, exchange, batch.present)
@@ -523,6 +525,20 @@ def metrics_of_steps(steps: Sequence[Prepared]) -> dict[Tensor, Metrics]:
             mine = metrics_of(rules, batch.executor.outcome())
             found |= zip(batch.owners, mine, strict=True)
     return found
+
+
+def _refuse_freed(parts: Sequence[_Part]) -> None:
+    """Refuse gradients without memory before the first message: the others would go on without us.
+
+    Raises:
+        RuntimeError: The storage of a gradient was freed.
+    """
+    for batch, exchange in parts:
+        for spec, grad in zip(batch.specs, exchange.grads, strict=False):
+            if grad.numel() and grad.untyped_storage().nbytes() == 0:
+                raise RuntimeError(
+                    f"the gradient of {spec.id} has no memory: its storage was freed"
+                )
 
 
 def _grad_scale(cohort: Cohort, grad_scale: Tensor | None) -> Number:

@@ -78,6 +78,10 @@ def join(parts: Sequence[tuple[Members, Exchange]]) -> Tensor:
     Returns:
         Σ g² of all, 0-d, on the device of the first.
     """
+    for _, exchange in parts:
+        if exchange.absent is not None and exchange.grad_sq is not None:
+            # What has been accumulated of it is no gradient of this call.
+            exchange.grad_sq = exchange.grad_sq.masked_fill(exchange.absent, 0.0)
     total_sq = _sum_on_first_device([e.grad_sq for _, e in parts if e.grad_sq is not None])
     for members, exchange in parts:
         assert exchange.grad_sq is not None

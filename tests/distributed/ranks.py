@@ -98,14 +98,15 @@ def assert_close_parts(
 ) -> None:
     """This process' parts of parameters and state against those of a single process."""
     for p, q in zip(params_of(distributed), params_of(whole), strict=True):
-        what = f"of shape {tuple(q.shape)}, {p.placements}"
-        assert_close_part(p, q, tolerance, f"parameter {what}")
+        what = f"of shape {tuple(q.shape)}, {getattr(p, 'placements', 'plain')}"
+        compare = assert_close_part if isinstance(p, DTensor) else assert_close
+        compare(p, q, tolerance, f"parameter {what}")
         assert list(distributed.state[p]) == list(whole.state[q])
         for key, value in whole.state[q].items():
             mine = distributed.state[p][key]
             if isinstance(mine, DTensor):
                 assert_close_part(mine, value, tolerance, f"{key} {what}")
-            else:  # one number
+            else:  # one number, or of a plain parameter
                 wanted = torch.as_tensor(value)
                 assert_close(torch.as_tensor(mine), wanted, tolerance, f"{key} {what}")
 

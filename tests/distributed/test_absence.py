@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from tests import stepping
 from tests.dialects import BIG_VISION, HF, KERAS, KERAS_EXTRAS, OPTAX, TORCH, Dialect
@@ -126,6 +126,66 @@ def test_without_any_gradient_nothing_changes(dialect: Dialect, extra: dict[str,
     assert_alike(distributed, whole)
     if dialect is KERAS:
         assert distributed.param_groups[0]["step"] == whole.param_groups[0]["step"] == 3
+
+
+@pytest.mark.parametrize("beside", ["plain", "replicated"])
+@pytest.mark.parametrize(
+    ("dialect", "extra", "calls"),
+    [
+        (HF, {"use_ema": True, "ema_momentum": 0.5}, (True, True, False, False)),
+        (KERAS, {"gradient_accumulation_steps": 2}, (True, False, True)),
+    ],
+    ids=str,
+)
+@on_every_rank
+def test_without_any_gradient_what_is_whole_here_stays_too(
+    dialect: Dialect, extra: dict[str, Any], calls: tuple[bool, ...], beside: str
+) -> None:
+    """Its average, and what has been accumulated of it."""
+    mesh = mesh_of((4,))
+    params = stepping.make_params([(5, 3), (3, 3)], torch.float64)
+    whole = dialect(params, backend="reference", **extra)
+    placements = [[Shard(0)], [Replicate()]]
+    parts = [
+        torch.nn.Parameter(distribute([p], mesh, how)[0])
+        for p, how in zip(params, placements, strict=True)
+    ]
+    if beside == "plain":
+        parts[1] = torch.nn.Parameter(params[1].detach().clone())
+    distributed = dialect(parts, **extra)
+    for step, given in enumerate(calls):
+        for p, q, grad in zip(params, parts, stepping.grad_values(params, step), strict=True):
+            p.grad = q.grad = None
+            if given:
+                p.grad = grad
+                q.grad = grad.clone()
+                if isinstance(q, DTensor):
+                    q.grad = distribute_tensor(grad, mesh, q.placements)
+        whole.step()
+        distributed.step()
+    assert_close_parts(distributed, whole, 1e-12)
+
+
+@on_every_rank
+def test_a_norm_is_of_the_gradients_that_there_are() -> None:
+    """What was accumulated of a tensor that no process has a gradient of now is none."""
+    mesh = mesh_of((4,))
+    params = stepping.make_params([(5, 3), (6, 3)], torch.float64)
+    extra = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    parts = [torch.nn.Parameter(p) for p in distribute(params, mesh, [Shard(0)])]
+    whole, distributed = KERAS(params, backend="reference", **extra), KERAS(parts, **extra)
+    for step in range(2):
+        for index, grad in enumerate(stepping.grad_values(params, step)):
+            params[index].grad = parts[index].grad = None
+            if step == 0 or index == 0:
+                params[index].grad = grad
+                parts[index].grad = distribute_tensor(grad, mesh, [Shard(0)])
+        whole.step()
+        distributed.step()
+    assert whole.grad_norm is not None
+    assert distributed.grad_norm is not None
+    stepping.assert_close(distributed.grad_norm, whole.grad_norm, 1e-12, "norm")
+    assert_close_parts(distributed, whole, 1e-12)
 
 
 @pytest.mark.parametrize("dialect", [HF, KERAS], ids=str)

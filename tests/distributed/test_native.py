@@ -195,6 +195,55 @@ def test_others_are_at_work_while_a_message_is_under_way() -> None:
     ]
 
 
+@on_ranks(2)
+def test_an_error_waits_for_what_is_under_way() -> None:
+    """The next step sums up in the same memory."""
+    mesh = mesh_of((2,))
+    values = stepping.make_params([(6, 5), (3, 3)])
+    (part,) = (torch.nn.Parameter(p) for p in distribute(values[:1], mesh, [Shard(0)]))
+    plain = values[1]
+    optimizer: Any = HF([part, plain], max_grad_norm=1.0, backend="cpp")
+    for p in (plain, part):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    (course,) = optimizer._known.prepared.courses.values()
+    (batch,) = (batch for batch in course.batches if not batch.messages)
+    said: list[str] = []
+    start, run = optimizer._engine._processes.start, batch.executor.run
+
+    def watched(message: Any) -> Any:
+        said.append("sent")
+        wait = start(message)
+        return lambda: (said.append("waited"), wait())
+
+    def fails(phases: Any, exchange: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    optimizer._engine._processes.start, batch.executor.run = watched, fails
+    with stepping.assert_untouched(optimizer), pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert said == ["sent", "waited"]
+    batch.executor.run = run
+    optimizer.step()
+
+
+@on_ranks(2)
+def test_a_gradient_that_was_freed_is_refused_before_anything_is_sent() -> None:
+    mesh = mesh_of((2,))
+    values = stepping.make_params([(6, 5), (3, 3)])
+    (part,) = (torch.nn.Parameter(p) for p in distribute(values[:1], mesh, [Shard(0)]))
+    optimizer: Any = HF([part, values[1]], max_grad_norm=1.0)
+    for p in (values[1], part):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    grad = values[1].grad
+    assert grad is not None
+    grad.untyped_storage().resize_(0)
+    optimizer._engine._processes.start = lambda message: pytest.fail("sent")
+    with pytest.raises(RuntimeError, match=r"gradient of parameter #1.*storage was freed"):
+        optimizer.step()
+
+
 def watch(batch: Any, name: str, said: list[str]) -> None:
     run = batch.executor.run
 
