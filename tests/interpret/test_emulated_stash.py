@@ -37,6 +37,11 @@ LONG = replace(
 )
 LONG_SHAPES = [(300, 64), (9, 13), (70, 256), (44, 528), (27, 1024), (21, 2048), (150, 128)]
 
+# A wave of each: units of every other one are kept, and those of the third wave after it, which
+# are not, write over their marks.
+MANY_WAVES = [(16, 64), (16, 33)] * 8
+SEEDS = range(1, 9)
+
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -136,6 +141,17 @@ def test_any_number_of_blocks_keeps_what_it_may(
                 runs.append(run(F32, SHAPES * 3))
     for other in runs[1:]:
         assert_same(runs[0], other)
+
+
+def test_blocks_of_any_speed_apply_each_unit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who passes by a unit that another keeps may read its mark late: it must still be there."""
+    use(monkeypatch, replace(SMALL, wave_bytes=1))
+    stash_of(monkeypatch, 0, 1)
+    steady = run(F32, MANY_WAVES)
+    stash_of(monkeypatch, 40 * 1024, 4)
+    for seed in SEEDS:
+        monkeypatch.setenv("FUSED_ADAFACTOR_EMULATED_SEED", str(seed))
+        assert_same(steady, run(F32, MANY_WAVES))
 
 
 def test_copies_that_threads_make_themselves_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 // CUDA on the host: what the kernels in csrc/cuda use of it, so that the same sources are tested without a GPU.
 //
 // Every thread of a block is a fiber, and so is every thread of every block that is there at a time; they take turns at
-// barriers, at warp operations, and wherever a block waits for another one. The interleaving is always the same one.
+// barriers, at warp operations, and wherever a block waits for another one. The interleaving is always the same one,
+// or another one for each FUSED_ADAFACTOR_EMULATED_SEED.
 
 #ifndef FUSED_ADAFACTOR_CUDA_HOST_H
 #define FUSED_ADAFACTOR_CUDA_HOST_H

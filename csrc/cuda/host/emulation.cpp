@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -182,6 +183,29 @@ void make_ready(Fiber& fiber) {
   fiber.stack_pointer = top;
 }
 
+// Blocks of a GPU are of any speed. With FUSED_ADAFACTOR_EMULATED_SEED, a number that is not 0, every block stops now and
+// then, some times for so long that others do all that does not wait for it.
+class Stalls {
+ public:
+  explicit Stalls(size_t blocks) : left_(blocks, 0) {
+    const char* seed = getenv("FUSED_ADAFACTOR_EMULATED_SEED");
+    on_ = seed != nullptr && atoi(seed) != 0;
+    if (on_) random_.seed(unsigned(atoi(seed)));
+  }
+  // Asked once for each turn of a block.
+  bool stops(size_t block) {
+    if (!on_) return false;
+    if (left_[block] > 0) return --left_[block] > 0;
+    if (random_() % 100 == 0) left_[block] = random_() % 1000;
+    return left_[block] > 0;
+  }
+
+ private:
+  std::vector<unsigned> left_;
+  std::mt19937 random_;
+  bool on_;
+};
+
 // Run some blocks, all of them at the same time, to their end.
 void run_blocks(unsigned first, unsigned count, size_t shared_bytes) {
   const size_t fiber_count = size_t(count) * launching->threads;
@@ -207,12 +231,17 @@ void run_blocks(unsigned first, unsigned count, size_t shared_bytes) {
       make_ready(fiber);
     }
   }
+  Stalls stalls(count);
   for (bool any = true; any;) {
     any = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
-      resume(fiber);
-      any = true;
+    for (unsigned b = 0; b < count; ++b) {
+      const bool stops = stalls.stops(b);
+      for (unsigned t = 0; t < launching->threads; ++t) {
+        Fiber& fiber = fibers[size_t(b) * launching->threads + t];
+        if (fiber.done) continue;
+        any = true;
+        if (!stops) resume(fiber);
+      }
     }
   }
   munmap(stacks, fiber_count * kStackBytes);
