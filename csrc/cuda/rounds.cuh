@@ -109,7 +109,7 @@ __device__ __forceinline__ void read_of_round(const Shared<M>& shared, int round
 #pragma unroll
       for (int i = 0; i < T::kElements; ++i) g[i] = M(0);
       const int place = line * shared.rounds.width + column;
-      if (at.count > 0) read_vector<false>(round_at<T>(shared, round), T::kStashedDtype, place, g);
+      if (at.count > 0) read_vector<From::kShared>(round_at<T>(shared, round), T::kStashedDtype, place, g);
       return;
     }
   }
