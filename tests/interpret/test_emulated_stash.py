@@ -14,6 +14,7 @@ from fused_adafactor import fields as f
 from fused_adafactor.backends import cuda
 from tests import emulated
 from tests.interpret.small import BACKEND, SMALL, assert_same, built, judged, results, use
+from tests.interpret.small import run as run_rule
 from tests.kernels.biting import draw
 from tests.kernels.judged import BF16, F32, params_in
 from tests.stepping import params_of
@@ -164,6 +165,23 @@ def test_copies_that_threads_make_themselves_are_the_same(monkeypatch: pytest.Mo
     cuda.library.cache_clear()
     runs.append(run(BF16, LONG_SHAPES))
     assert_same(*runs)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "dtype", "takes"),
+    [
+        *(("hf", (16, 64), F32, True), ("torch", (16, 64), BF16, True)),
+        *(("hf", (9, 13), F32, False), ("hf", (16, 64), torch.float16, False)),
+        *(("hf-momentum", (16, 64), F32, False), ("keras-everything", (16, 64), F32, False)),
+        ("adafactor_pytorch-amsgrad", (16, 64), F32, False),
+    ],
+    ids=str,
+)
+def test_no_shared_memory_is_taken_where_nothing_is_ever_kept(
+    rule: str, shape: tuple[int, ...], dtype: torch.dtype, takes: bool, held: list[int]
+) -> None:
+    run_rule(rule, [shape], dtype, steps=1)
+    assert len(held) == takes
 
 
 @pytest.mark.parametrize("extras", [{"nonfinite": "skip"}, {"max_grad_norm": 0.5}], ids=str)

@@ -55,7 +55,8 @@ def test_dtypes_are_numbered_as_in_the_library_of_the_cpu() -> None:
 
 def test_kinds_and_forms_are_those_of_the_items() -> None:
     kinds = {name: value for name, value in NUMBERS.items() if name.endswith("_KIND")}
-    assert kinds == {f"{kind.name}_KIND": kind for kind in ItemKind if kind is not ItemKind.WHOLE}
+    of_a_cpu = {ItemKind.WHOLE, ItemKind.SHARE, ItemKind.SETTLE}
+    assert kinds == {f"{kind.name}_KIND": kind for kind in ItemKind if kind not in of_a_cpu}
     assert [*(Form.UNFACTORED, Form.FACTORED, Form.TINY)] == [
         fields.UNFACTORED,
         fields.FACTORED,
