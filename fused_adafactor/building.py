@@ -151,7 +151,11 @@ def cuda_recipe(archs: Sequence[int] | None = None, extra: Sequence[str] = ()) -
         raise CannotBuild(f"there are no kernels in {folder / 'cuda'}")
     archs = cuda_archs(nvcc) if archs is None else archs
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    # PTX of the newest for those that come after it, and of the oldest for all between.
+    targets += [
+        f"-gencode=arch=compute_{arch},code=compute_{arch}"
+        for arch in sorted({archs[0], archs[-1]})
+    ]
     cores = os.cpu_count() or 1
     at_a_time = min(cores, len(units))
     flags = [*CUDA_FLAGS, f"-I{folder / 'include'}", f"--threads={max(1, cores // at_a_time)}"]
@@ -185,7 +189,7 @@ def cuda_archs(nvcc: Path) -> list[int]:
         CannotBuild: It asks for what nvcc does not know, or nvcc knows none.
     """
     known = known_archs(nvcc)
-    asked = os.environ.get(ARCHS_ENVIRONMENT, "").replace(",", " ").split()
+    asked = _asked_archs()
     if not asked:
         archs = [arch for arch in CUDA_ARCHS if arch in known]
         if not archs:
@@ -197,7 +201,12 @@ def cuda_archs(nvcc: Path) -> list[int]:
             f"{ARCHS_ENVIRONMENT} must name architectures that {nvcc} compiles for "
             f"({', '.join(map(str, sorted(known)))}), got {unknown[0]!r}"
         )
-    return sorted(map(int, asked))
+    return sorted({int(word) for word in asked})
+
+
+def _asked_archs() -> list[str]:
+    """What the environment asks for."""
+    return os.environ.get(ARCHS_ENVIRONMENT, "").replace(",", " ").split()
 
 
 def _recipe(
@@ -293,6 +302,10 @@ def find_library(backend: str) -> Path:
         folder = cache_folder(backend)
     except CannotBuild as error:
         raise FileNotFoundError(str(error)) from error
+    if backend == "cuda" and not _asked_archs() and not folder.exists():
+        # Nobody says which ones, so those that were asked for last when one was built.
+        others = folder.parent.glob(f"{folder.name}-*")
+        folder = max(others, key=lambda path: path.lstat().st_mtime, default=folder)
     for path in (folder.parent, folder, folder / LIBRARIES[backend]):
         _check_owner(path)
     return folder / LIBRARIES[backend]
@@ -316,7 +329,10 @@ def load_library(path: Path, version_call: str, version: int) -> ctypes.CDLL:
 
 
 def cache_folder(backend: str) -> Path:
-    """Where the library of a backend is built on demand: by machine and sources, so never stale.
+    """Where the library of a backend is built on demand.
+
+    By machine and sources, so it is never stale, and by the architectures that are asked for, so
+    machines with different GPUs may share a home directory.
 
     Raises:
         CannotBuild: There is no home directory, or there are no sources.
@@ -330,6 +346,9 @@ def cache_folder(backend: str) -> Path:
         except RuntimeError as error:
             raise CannotBuild(f"{error}; set {CACHE_ENVIRONMENT}") from error
     name = f"{backend}-{platform.machine()}-{source_hash(backend, sources())[:16]}"
+    if backend == "cuda":
+        archs = sorted({int(word) for word in _asked_archs() if word.isdecimal()})
+        name = "-".join([name, *map(str, archs)])
     return root / "fused_adafactor" / name
 
 
@@ -338,9 +357,11 @@ def _check_owner(path: Path) -> None:
 
     Raises:
         FileNotFoundError: It is not there.
-        PermissionError: It is not ours alone.
+        PermissionError: It is not ours alone, or that cannot be told.
     """
     status = path.lstat()
+    if not hasattr(os, "getuid"):  # on Windows
+        raise PermissionError(f"nobody can tell whose {path} is, so nothing is loaded from there")
     if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's own, so nothing is loaded from there")
     if stat.S_IMODE(status.st_mode) & 0o022:

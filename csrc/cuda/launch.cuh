@@ -54,12 +54,16 @@ extern "C" int32_t fused_adafactor_cuda_is_host() { return 0; }
 
 namespace fused_adafactor {
 
-// Makes a device the current one, and the former one again in the end.
+// Makes a device the current one, and the former one again in the end. Neither is done for nothing: making a device the
+// current one takes memory on it.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+    int current = -1;
+    error_ = cudaGetDevice(&current);
+    if (error_ != cudaSuccess || current == device) return;
+    error_ = cudaSetDevice(device);
+    if (error_ == cudaSuccess) before_ = current;
   }
   ~CurrentDevice() {
     if (before_ >= 0) cudaSetDevice(before_);
@@ -67,18 +71,53 @@ class CurrentDevice {
   cudaError_t error() const { return error_; }
 
  private:
-  int before_ = -1;
+  int before_ = -1;  // none: it has not been changed
   cudaError_t error_;
 };
 
+// What a call has returned. CUDA keeps an error until it is asked for, and other code of the process would take it for
+// its own.
+inline int32_t told(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// Shared memory that a block may have, and multiprocessors. Asking takes no context on the device.
+struct Limits {
+  int32_t processors = 0, of_processor = 0, of_block = 0, reserved = 0;
+
+  cudaError_t ask(int32_t device) {
+    cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    return cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  }
+
+  // Of each of the blocks that a multiprocessor has at a time; it hands its memory out in units of 1 KiB.
+  int32_t of_each() const {
+    const int32_t share = of_processor / kBlocksOfProcessor / 1024 * 1024 - reserved;
+    return share < of_block ? share : of_block;
+  }
+};
+
+// Load a kernel on the current device, which fails where the library has none for it, and let each launch have as much
+// shared memory as any may take: always the same number, so threads that do this at a time do not disturb each other.
 template <class M>
-cudaError_t put_on_stream(const CudaLaunch& launch, cudaStream_t stream) {
-  const int32_t shared_bytes = shared_bytes_of(launch);
-  const cudaError_t error =
-      cudaFuncSetAttribute(run_tickets<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+cudaError_t make_ready(int32_t shared_bytes) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, run_tickets<M>);
   if (error != cudaSuccess) return error;
-  run_tickets<M><<<unsigned(launch.programs), kThreads, size_t(shared_bytes), stream>>>(launch);
-  return cudaGetLastError();
+  return cudaFuncSetAttribute(run_tickets<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+}
+
+template <class M>
+cudaError_t put_on_stream(CudaLaunch launch, cudaStream_t stream) {
+  void* arguments[] = {&launch};
+  return cudaLaunchKernel(run_tickets<M>, dim3(unsigned(launch.programs)), dim3(kThreads), arguments,
+                          size_t(shared_bytes_of(launch)), stream);
 }
 
 }  // namespace fused_adafactor
@@ -86,22 +125,19 @@ cudaError_t put_on_stream(const CudaLaunch& launch, cudaStream_t stream) {
 extern "C" int32_t fused_adafactor_cuda_device(int32_t device, int32_t* processors, int32_t* shared_bytes,
                                                int32_t* blocks_per_processor) {
   using namespace fused_adafactor;
+  Limits limits;
+  cudaError_t error = limits.ask(device);
+  if (error != cudaSuccess) return told(error);
   const CurrentDevice current(device);
-  if (current.error() != cudaSuccess) return current.error();
-  int32_t of_processor = 0, of_block = 0, reserved = 0;
-  cudaError_t error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  }
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
-  if (error != cudaSuccess) return error;
-  // Shared memory of a processor is handed out in units of 1 KiB.
-  const int32_t share = of_processor / kBlocksOfProcessor / 1024 * 1024 - reserved;
+  error = current.error();
+  if (error == cudaSuccess) error = make_ready<float>(limits.of_each());
+  if (error == cudaSuccess) error = make_ready<double>(limits.of_each());
+  if (error != cudaSuccess) return told(error);
   const int32_t own = shared_size<float>() > shared_size<double>() ? shared_size<float>() : shared_size<double>();
-  *shared_bytes = ((share < of_block ? share : of_block) - own) / kStashAlignment * kStashAlignment;
+  *processors = limits.processors;
+  *shared_bytes = (limits.of_each() - own) / kStashAlignment * kStashAlignment;
   *blocks_per_processor = kBlocksOfProcessor;
-  return error;
+  return cudaSuccess;
 }
 
 extern "C" int32_t fused_adafactor_cuda_launch(const fused_adafactor::CudaLaunch* launch, int32_t device,
@@ -109,9 +145,10 @@ extern "C" int32_t fused_adafactor_cuda_launch(const fused_adafactor::CudaLaunch
   using namespace fused_adafactor;
   if (launch->programs <= 0) return cudaSuccess;
   const CurrentDevice current(device);
-  if (current.error() != cudaSuccess) return current.error();
+  if (current.error() != cudaSuccess) return told(current.error());
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  return launch->math_dtype == kFloat64 ? put_on_stream<double>(*launch, on) : put_on_stream<float>(*launch, on);
+  // Its own return code, since the last error may be one of long ago.
+  return told(launch->math_dtype == kFloat64 ? put_on_stream<double>(*launch, on) : put_on_stream<float>(*launch, on));
 }
 
 extern "C" const char* fused_adafactor_cuda_error(int32_t code) {

@@ -21,11 +21,21 @@ __device__ __forceinline__ Place place_of(int64_t k, bool here) {
   return {k, here ? T::kElements : 0};
 }
 
-// As it lies in memory; what is read for the last time in a step makes room in the caches.
-template <bool kLast, class W>
+// Where something is read from.
+enum class From {
+  kGlobal,  // and will be read again
+  kLast,    // global too, for the last time in a step: it makes room in the caches
+  kShared,
+};
+
+// As it lies in memory. The compiler is told where that is, since the address comes from a table.
+template <From kFrom, class W>
 __device__ __forceinline__ W words_at(const void* at) {
   const W* place = static_cast<const W*>(at);
-  if constexpr (kLast) return __ldcs(place);
+  if constexpr (kFrom == From::kLast) return __ldcs(place);
+#if !defined(FA_EMULATED)
+  __builtin_assume(kFrom == From::kShared ? __isShared(place) : __isGlobal(place));
+#endif
   return *place;
 }
 
@@ -34,18 +44,18 @@ template <int kWords>
 struct Words {
   uint32_t word[kWords];
 
-  template <bool kLast>
+  template <From kFrom>
   __device__ __forceinline__ void read(const void* at) {
     if constexpr (kWords == 1) {
-      word[0] = words_at<kLast, uint32_t>(at);
+      word[0] = words_at<kFrom, uint32_t>(at);
     } else if constexpr (kWords == 2) {
-      const uint2 w = words_at<kLast, uint2>(at);
+      const uint2 w = words_at<kFrom, uint2>(at);
       word[0] = w.x;
       word[1] = w.y;
     } else {
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
-        const uint4 w = words_at<kLast, uint4>(static_cast<const uint32_t*>(at) + i);
+        const uint4 w = words_at<kFrom, uint4>(static_cast<const uint32_t*>(at) + i);
         word[i] = w.x;
         word[i + 1] = w.y;
         word[i + 2] = w.z;
@@ -70,18 +80,18 @@ struct Words {
 };
 
 // Neighbours of 32 or of 16 bits, from an address that is a multiple of their size.
-template <bool kLast, int N>
+template <From kFrom, int N>
 __device__ __forceinline__ void read_vector(const void* base, int dtype, int64_t k, float (&x)[N]) {
   const char* at = static_cast<const char*>(base);
   if (dtype == kFloat32) {
     Words<N> words;
-    words.template read<kLast>(at + 4 * k);
+    words.template read<kFrom>(at + 4 * k);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = float_from_bits(words.word[i]);
     return;
   }
   Words<N / 2> words;
-  words.template read<kLast>(at + 2 * k);
+  words.template read<kFrom>(at + 2 * k);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const uint32_t word = words.word[i / 2];
@@ -117,7 +127,7 @@ __device__ __forceinline__ void write_vector(void* base, int dtype, int64_t k, c
 template <int N, class M>
 __device__ __forceinline__ void read_bytes(const void* base, int64_t k, M (&x)[N]) {
   Words<N / 4> words;
-  words.template read<false>(static_cast<const char*>(base) + k);
+  words.template read<From::kGlobal>(static_cast<const char*>(base) + k);
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = M(int8_t(words.word[i / 4] >> (i % 4 * 8)));
 }
@@ -131,13 +141,13 @@ __device__ __forceinline__ void write_bytes(void* base, int64_t k, const M (&x)[
 }
 
 // One number of an array.
-template <class M, bool kLast = false>
+template <class M, From kFrom = From::kGlobal>
 __device__ __forceinline__ M read_one(const void* base, int dtype, int64_t offset) {
   const char* at = static_cast<const char*>(base);
-  if (dtype == kFloat32) return M(words_at<kLast, float>(at + 4 * offset));
-  if (dtype == kBfloat16) return M(from_bfloat16(words_at<kLast, unsigned short>(at + 2 * offset)));
-  if (dtype == kFloat16) return M(from_float16(words_at<kLast, unsigned short>(at + 2 * offset)));
-  return M(words_at<kLast, double>(at + 8 * offset));
+  if (dtype == kFloat32) return M(words_at<kFrom, float>(at + 4 * offset));
+  if (dtype == kBfloat16) return M(from_bfloat16(words_at<kFrom, unsigned short>(at + 2 * offset)));
+  if (dtype == kFloat16) return M(from_float16(words_at<kFrom, unsigned short>(at + 2 * offset)));
+  return M(words_at<kFrom, double>(at + 8 * offset));
 }
 
 template <class M>
@@ -173,23 +183,23 @@ __device__ __forceinline__ int64_t offset_of(const Job<M>& job, int strides, int
 }
 
 // Elements in the math dtype, 0 where there are none.
-template <class T, bool kLast = false, class M>
+template <class T, From kFrom = From::kGlobal, class M>
 __device__ __forceinline__ void read_from(const Job<M>& job, const void* base, int strides, int dtype, Place at,
                                           M (&x)[T::kElements]) {
 #pragma unroll
   for (int i = 0; i < T::kElements; ++i) x[i] = M(0);
   if (at.count == 0) return;
   if constexpr (T::kElements == 1) {
-    x[0] = read_one<M, kLast>(base, dtype, offset_of<T>(job, strides, at.k));
+    x[0] = read_one<M, kFrom>(base, dtype, offset_of<T>(job, strides, at.k));
   } else {
-    read_vector<kLast>(base, dtype, at.k, x);
+    read_vector<kFrom>(base, dtype, at.k, x);
   }
 }
 
-template <class T, bool kLast = false, class M>
+template <class T, From kFrom = From::kGlobal, class M>
 __device__ __forceinline__ void read(const Job<M>& job, int field, int strides, int dtype, Place at,
                                      M (&x)[T::kElements]) {
-  read_from<T, kLast>(job, reinterpret_cast<const void*>(job.row[field]), strides, dtype, at, x);
+  read_from<T, kFrom>(job, reinterpret_cast<const void*>(job.row[field]), strides, dtype, at, x);
 }
 
 template <class T, class M>
@@ -219,9 +229,9 @@ __device__ __forceinline__ void unscale(const Job<M>& job, Place at, M (&g)[T::k
   }
 }
 
-template <class T, bool kLast = false, class M>
+template <class T, From kFrom = From::kGlobal, class M>
 __device__ __forceinline__ void read_unclipped(const Job<M>& job, Place at, M (&g)[T::kElements]) {
-  read_from<T, kLast>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
+  read_from<T, kFrom>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
   unscale<T>(job, at, g);
 }
 
@@ -239,9 +249,9 @@ __device__ __forceinline__ void clip(const Job<M>& job, M factor, M (&g)[T::kEle
   }
 }
 
-template <class T, bool kLast = false, class M>
+template <class T, From kFrom = From::kGlobal, class M>
 __device__ __forceinline__ void read_grad(const Job<M>& job, M factor, Place at, M (&g)[T::kElements]) {
-  read_unclipped<T, kLast>(job, at, g);
+  read_unclipped<T, kFrom>(job, at, g);
   clip<T>(job, factor, g);
 }
 

@@ -109,7 +109,7 @@ __device__ __forceinline__ void read_of_round(const Shared<M>& shared, int round
 #pragma unroll
       for (int i = 0; i < T::kElements; ++i) g[i] = M(0);
       const int place = line * shared.rounds.width + column;
-      if (at.count > 0) read_vector<false>(round_at<T>(shared, round), T::kStashedDtype, place, g);
+      if (at.count > 0) read_vector<From::kShared>(round_at<T>(shared, round), T::kStashedDtype, place, g);
       return;
     }
   }
@@ -130,6 +130,10 @@ __device__ __forceinline__ bool end_rounds(Shared<M>& shared, int unit, int coun
       const int32_t wave = int32_t(shared.job.row[f::kWave]);
       stash.held[stash.count] = {shared.task.tensor, unit, wave, rounds.begin, end, rounds.held};
       ++stash.count;
+      // A unit that is kept is counted as applied twice: by this block, and by the one that has its ticket, which must
+      // have read the mark before the wave's place in the scratch is another one's. Nobody counts before this: they
+      // wait for the sums of this unit.
+      atomicAdd(shared.launch.counters + wave, -1);
     }
   }
   return rounds.held > 0;

@@ -73,7 +73,7 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   }
   const bool kahan = T::has(job, f::kKahanSwitch);
   M p[N], lost[N] = {};
-  read<T, true>(job, f::kParam, f::kStrides, dtype, at, p);
+  read<T, From::kLast>(job, f::kParam, f::kStrides, dtype, at, p);
   if (kahan) {
     read<T>(job, f::kCompensation, f::kStateStrides, dtype, at, lost);
 #pragma unroll
@@ -120,7 +120,7 @@ __device__ __forceinline__ void inverse_roots(const Job<M>& job, M factor, int64
   if constexpr (T::kElements == 1) {
     inverse_v[0] = factors[place];
   } else {
-    read_vector<false>(factors, DtypeOf<M>::value, place, inverse_v);
+    read_vector<From::kGlobal>(factors, DtypeOf<M>::value, place, inverse_v);
   }
 #pragma unroll
   for (int i = 0; i < T::kElements; ++i) inverse_v[i] *= factor;
@@ -273,10 +273,10 @@ __device__ __noinline__ void apply_lines(int unit) {
     if (here && line < held) {
       if constexpr (T::kStashes) {
         const int64_t place = line * (columns.end - columns.begin) + walk.column() - columns.begin;
-        read_vector<false>(stash_memory<M>() + shared.stash.held[0].begin, T::kStashedDtype, place, g);
+        read_vector<From::kShared>(stash_memory<M>() + shared.stash.held[0].begin, T::kStashedDtype, place, g);
       }
     } else {
-      read_from<T, true>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
+      read_from<T, From::kLast>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
     }
     unscale<T>(job, at, g);
     clip<T>(job, job.factor, g);
@@ -298,7 +298,7 @@ __device__ __noinline__ void apply_flat(int unit) {
   for (FlatWalk<T> walk(elements_of(job, unit)); walk.round(); walk.next()) {
     const Place at = walk.place();
     M g[N], var[N], inverse_v[N];
-    read_grad<T, true>(job, job.factor, at, g);
+    read_grad<T, From::kLast>(job, job.factor, at, g);
     new_var<T>(job, at, g, var);
 #pragma unroll
     for (int i = 0; i < N; ++i) inverse_v[i] = inverse_root(var[i]);
@@ -387,7 +387,7 @@ __device__ __noinline__ void idle_slab(int unit, bool accumulates) {
     const Place at = walk.place();
     if (accumulates) {
       M g[T::kElements], sum[T::kElements];
-      read_from<T, true>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
+      read_from<T, From::kLast>(job, job.grad, f::kGradStrides, T::grad_dtype(job), at, g);
       read<T>(job, f::kAccumulator, f::kStateStrides, DtypeOf<M>::value, at, sum);
       const M scale = job.numbers[f::kGradScale];
 #pragma unroll

@@ -64,12 +64,12 @@ constexpr bool kBulkCopies = true;
 #endif
 
 inline void make_barrier(uint64_t* barrier) { *barrier = 0; }
-inline void expect_bytes(uint64_t*, int) {}
+inline void expect_bytes(uint64_t* barrier, int bytes) { emulation::expect_copies(barrier, bytes); }
 inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
   emulation::copy_later(to, from, size_t(bytes), barrier);
 }
 inline void wait_for_bytes(uint64_t* barrier, uint32_t parity) { emulation::wait_for_copies(barrier, parity); }
-inline void copy_sixteen(void* to, const void* from) { memcpy(to, from, 16); }
+inline void copy_sixteen(void* to, const void* from) { emulation::copy_now(to, from, 16); }
 inline void end_of_own_copies() {}
 inline void wait_for_own_copies() {}
 

@@ -134,8 +134,7 @@ __device__ __forceinline__ void run_item(Shared<M>& shared) {
       break;
     case f::kApplyKind:
       wait_for_counter(shared, f::kMeasured, 1);
-      if (is_held_elsewhere(shared)) break;
-      if (!is_skipped(shared)) apply_unit(shared, task.unit);
+      if (!is_held_elsewhere(shared) && !is_skipped(shared)) apply_unit(shared, task.unit);
       count_up(shared.launch.counters + job.row[f::kWave], shared.launch.waits != 0);
       break;
     case f::kAccumulateKind:

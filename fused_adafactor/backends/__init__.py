@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -25,6 +26,7 @@ REQUESTS = ("auto", *NAMES)
 _NATIVE = ("triton", "cuda", "cpp")
 # Those of them that step parts of parameters that are split over processes.
 _STEP_PARTS = ("cpp",)
+_warned: set[str] = set()  # reasons that have been told
 
 
 class Executor(Protocol):
@@ -146,7 +148,23 @@ def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
     for variable, name in wishes:
         raise RuntimeError(f"{variable} asks for the {name} backend, but {reasons[name]}")
     others = "; ".join(reason for reason in reasons.values() if reason is not None)
+    if device.type == "cuda":
+        _warn_of_reference(device, others)
     return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")
+
+
+def _warn_of_reference(device: torch.device, reasons: str) -> None:
+    """Say, once for all reasons, that tensors of a GPU are not stepped by any of its kernels."""
+    if reasons in _warned:
+        return
+    warnings.warn(
+        f"tensors on {device} are stepped by the reference backend, which is slow: {reasons}. "
+        "backend='reference' asks for it and silences this; see also "
+        "`python -m fused_adafactor info`",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    _warned.add(reasons)
 
 
 def _native(name: str) -> _Native:

@@ -216,6 +216,21 @@ class CudaLauncher:
         return CudaKernel(self, launch)
 
 
+def _is_plain(traits: Traits) -> bool:
+    """Whether gradients may come through a stash: ``Plain`` of csrc/cuda/job.cuh."""
+    plain_dtypes = {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)}
+    return (
+        traits.math_dtype is torch.float32
+        and (traits.param_dtype, traits.grad_dtype) in plain_dtypes
+        and traits.moment_dtype is not torch.float64
+        and traits.aligned
+        and not traits.strided
+        and traits.momentum == 0
+        and not (traits.amsgrad or traits.value_clip or traits.accumulates)
+        and not (traits.averages or traits.kahan)
+    )
+
+
 class CudaKernel:
     """See ``launching.Kernel``.
 
@@ -228,13 +243,14 @@ class CudaKernel:
         """Fill in what is the same in every step."""
         self._device = launcher.device
         self._number = launcher.device.index or 0
+        plain = any(map(_is_plain, launch.traits))
         both_sweeps = {ItemKind.STATS, ItemKind.APPLY} <= set(launch.kinds)
         self._record = _Launch(
             programs=launch.programs,
             waits=launch.waits,
             joined=launch.joined,
             # Blocks keep gradients only for what they apply in the same launch.
-            stash_bytes=launcher.stash_bytes if launch.waits and both_sweeps else 0,
+            stash_bytes=launcher.stash_bytes if launch.waits and both_sweeps and plain else 0,
             math_dtype=DTYPES[launcher.math_dtype],
         )
 

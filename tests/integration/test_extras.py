@@ -570,7 +570,9 @@ def test_auto_takes_native_code_where_there_is_any_and_says_why(reason, monkeypa
     else:
         assert f"tensors on reference (auto on cpu: {reason}; " in told
     monkeypatch.setattr(triton, "missing", lambda: "triton is not installed")
-    elsewhere = backends.choose("auto", torch.device("cuda"))
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="on cuda are stepped by the reference backend"):
+        elsewhere = backends.choose("auto", torch.device("cuda"))
     assert elsewhere.backend == "reference"
     assert (reason or "the cpp backend does not step tensors on cuda") in elsewhere.why
     assert "triton is not installed" in elsewhere.why

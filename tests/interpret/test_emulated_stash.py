@@ -14,6 +14,7 @@ from fused_adafactor import fields as f
 from fused_adafactor.backends import cuda
 from tests import emulated
 from tests.interpret.small import BACKEND, SMALL, assert_same, built, judged, results, use
+from tests.interpret.small import run as run_rule
 from tests.kernels.biting import draw
 from tests.kernels.judged import BF16, F32, params_in
 from tests.stepping import params_of
@@ -36,6 +37,11 @@ LONG = replace(
     wave_bytes=2**18,
 )
 LONG_SHAPES = [(300, 64), (9, 13), (70, 256), (44, 528), (27, 1024), (21, 2048), (150, 128)]
+
+# A wave of each: units of every other one are kept, and those of the third wave after it, which
+# are not, write over their marks.
+MANY_WAVES = [(16, 64), (16, 33)] * 8
+SEEDS = range(1, 9)
 
 
 @pytest.fixture
@@ -138,6 +144,17 @@ def test_any_number_of_blocks_keeps_what_it_may(
         assert_same(runs[0], other)
 
 
+def test_blocks_of_any_speed_apply_each_unit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who passes by a unit that another keeps may read its mark late: it must still be there."""
+    use(monkeypatch, replace(SMALL, wave_bytes=1))
+    stash_of(monkeypatch, 0, 1)
+    steady = run(F32, MANY_WAVES)
+    stash_of(monkeypatch, 40 * 1024, 4)
+    for seed in SEEDS:
+        monkeypatch.setenv("FUSED_ADAFACTOR_EMULATED_SEED", str(seed))
+        assert_same(steady, run(F32, MANY_WAVES))
+
+
 def test_copies_that_threads_make_themselves_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on sm_80, which has no bulk copies."""
     use(monkeypatch, LONG)
@@ -148,6 +165,23 @@ def test_copies_that_threads_make_themselves_are_the_same(monkeypatch: pytest.Mo
     cuda.library.cache_clear()
     runs.append(run(BF16, LONG_SHAPES))
     assert_same(*runs)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "dtype", "takes"),
+    [
+        *(("hf", (16, 64), F32, True), ("torch", (16, 64), BF16, True)),
+        *(("hf", (9, 13), F32, False), ("hf", (16, 64), torch.float16, False)),
+        *(("hf-momentum", (16, 64), F32, False), ("keras-everything", (16, 64), F32, False)),
+        ("adafactor_pytorch-amsgrad", (16, 64), F32, False),
+    ],
+    ids=str,
+)
+def test_no_shared_memory_is_taken_where_nothing_is_ever_kept(
+    rule: str, shape: tuple[int, ...], dtype: torch.dtype, takes: bool, held: list[int]
+) -> None:
+    run_rule(rule, [shape], dtype, steps=1)
+    assert len(held) == takes
 
 
 @pytest.mark.parametrize("extras", [{"nonfinite": "skip"}, {"max_grad_norm": 0.5}], ids=str)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_adafactor import building
 from fused_adafactor.__main__ import main
+from fused_adafactor.backends import cuda
 
 ROOT = Path(__file__).parents[2]
 # Writes down what it is asked for, and links a file that carries the build id.
@@ -86,20 +88,56 @@ def test_builds_once_into_a_folder_of_ones_own(calls: Callable[[], list[str]]) -
     assert len(calls()) == 3
 
 
-@pytest.mark.parametrize("changed", ["compiler", "architectures"])
 def test_builds_again_where_it_would_come_out_different(
-    changed: str, calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = build()
     before = library.read_bytes()
-    if changed == "compiler":
-        monkeypatch.setenv("FAKE_VERSION", "2")
-    else:
-        monkeypatch.setenv(building.ARCHS_ENVIRONMENT, "80")
+    monkeypatch.setenv("FAKE_VERSION", "2")
     calls()
     assert build() == library
     assert len(calls()) == 3
     assert library.read_bytes() != before
+
+
+def test_libraries_of_several_architectures_lie_side_by_side(
+    calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As machines with different GPUs need them that share a home directory."""
+    libraries = {}
+    for asked in ("80", "90", "90,80"):
+        monkeypatch.setenv(building.ARCHS_ENVIRONMENT, asked)
+        libraries[asked] = build()
+    assert len(set(libraries.values())) == 3
+    calls()
+    for asked, library in libraries.items():
+        monkeypatch.setenv(building.ARCHS_ENVIRONMENT, asked)
+        assert building.find_library("cuda") == build() == library
+    assert calls() == []
+    monkeypatch.setenv(building.ARCHS_ENVIRONMENT, "80 90")
+    assert building.find_library("cuda") == libraries["90,80"]
+    monkeypatch.setenv(building.ARCHS_ENVIRONMENT, "100")
+    with pytest.raises(FileNotFoundError):
+        building.find_library("cuda")
+    monkeypatch.delenv(building.ARCHS_ENVIRONMENT)
+    os.utime(libraries["90"].parent, (2e9, 2e9))  # nobody says which: the last one
+    assert building.find_library("cuda") == libraries["90"]
+    everything = build()
+    assert building.find_library("cuda") == everything
+    assert everything not in libraries.values()
+
+
+def test_nothing_is_loaded_where_nobody_can_tell_whose_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = build()
+    monkeypatch.delattr(os, "getuid")  # as on Windows
+    with pytest.raises(PermissionError, match=f"nobody can tell whose {library.parent.parent} is"):
+        building.find_library("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv(cuda.LIBRARY_ENVIRONMENT, raising=False)
+    cuda.library.cache_clear()
+    assert "nobody can tell whose" in str(cuda.missing())
 
 
 def test_other_sources_have_another_place(folder: Path) -> None:
@@ -197,7 +235,7 @@ def test_what_was_installed_is_taken_before_what_is_in_the_cache(
     assert f"{installed}, which was installed" in printed.err
 
 
-def test_compiles_for_what_the_compiler_knows_with_ptx_of_the_newest(
+def test_compiles_for_what_the_compiler_knows_with_ptx_of_both_ends(
     calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build()
@@ -205,6 +243,7 @@ def test_compiles_for_what_the_compiler_knows_with_ptx_of_the_newest(
         built = [word for word in call.split() if "gencode" in word]
         assert built == [  # this one knows no sm_120
             *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)),
+            "-gencode=arch=compute_80,code=compute_80",
             "-gencode=arch=compute_100,code=compute_100",
         ]
     monkeypatch.setenv(building.ARCHS_ENVIRONMENT, "90, 80")

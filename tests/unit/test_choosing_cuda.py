@@ -81,6 +81,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _nobody_asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (backends.ENVIRONMENT, *backend.ENVIRONMENTS, "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backends, "_warned", set())
     backend.library.cache_clear()
     yield
     backend.library.cache_clear()
@@ -204,9 +205,12 @@ def test_an_explicit_request_is_refused_with_the_reason(
     for device in (CPU, CUDA):
         with pytest.raises(RuntimeError, match=f"'cuda' was asked for, but {reason}"):
             backends.choose("cuda", device)
-    facts = backends.choose("auto", CUDA)
+    with pytest.warns(RuntimeWarning, match=f"on cuda:0 are stepped by the reference.*{reason}"):
+        facts = backends.choose("auto", CUDA)
     assert facts.backend == "reference"
     assert "CUDA" in facts.why or "GPU" in facts.why
+    assert backends.choose("auto", CUDA) == facts  # once is enough
+    assert backends.choose("reference", CUDA).backend == "reference"
 
 
 def test_a_device_that_its_kernels_do_not_run_on_is_refused_with_the_name_of_the_call(
@@ -217,7 +221,8 @@ def test_a_device_that_its_kernels_do_not_run_on_is_refused_with_the_name_of_the
     reason = r"fused_adafactor_cuda_device\(0\): cudaErrorNoDevice: no CUDA-capable device"
     with pytest.raises(RuntimeError, match=f"'cuda' was asked for, but {reason}"):
         backends.choose("cuda", CUDA)
-    facts = backends.choose("auto", CUDA)
+    with pytest.warns(RuntimeWarning, match=f"{reason}.*backend='reference' asks for it"):
+        facts = backends.choose("auto", CUDA)
     assert facts.backend == "reference"
     assert "cudaErrorNoDevice" in facts.why
 

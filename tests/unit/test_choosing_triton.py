@@ -64,14 +64,16 @@ def test_amd_takes_the_other_launch_form_unless_told(
     ("lacks", "reason"), [({"triton": False}, NO_TRITON), ({"gpu": False}, NO_GPU)]
 )
 def test_an_explicit_request_is_refused_with_the_reason(
-    lacks: dict[str, bool], reason: str, machine: Any
+    lacks: dict[str, bool], reason: str, machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(**lacks)
     assert reason in str(backends.availability()["triton"])
     for device in (CPU, CUDA):
         with pytest.raises(RuntimeError, match=f"'triton' was asked for, but .*{reason}"):
             backends.choose("triton", device)
-    facts = backends.choose("auto", CUDA)
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="on cuda are stepped by the reference"):
+        facts = backends.choose("auto", CUDA)
     assert facts.backend == "reference"
     assert reason in facts.why
 

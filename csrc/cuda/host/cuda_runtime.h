@@ -1,7 +1,8 @@
 // CUDA on the host: what the kernels in csrc/cuda use of it, so that the same sources are tested without a GPU.
 //
 // Every thread of a block is a fiber, and so is every thread of every block that is there at a time; they take turns at
-// barriers, at warp operations, and wherever a block waits for another one. The interleaving is always the same one.
+// barriers, at warp operations, and wherever a block waits for another one. The interleaving is always the same one,
+// or another one for each FUSED_ADAFACTOR_EMULATED_SEED.
 
 #ifndef FUSED_ADAFACTOR_CUDA_HOST_H
 #define FUSED_ADAFACTOR_CUDA_HOST_H
@@ -45,7 +46,12 @@ void wait_for_block();
 void wait_for_warp();
 void let_others_run();
 
-// Copies of a block that arrive when somebody waits for them, at a barrier that counts how often they have.
+// Copies of 16 bytes, or of a multiple, from and to multiples of 16.
+void copy_now(void* to, const void* from, size_t bytes);
+
+// Those of a block that arrive when somebody waits for them, at a barrier that counts how often they have, and has been
+// told first how many bytes there will be.
+void expect_copies(uint64_t* barrier, int bytes);
 void copy_later(void* to, const void* from, size_t bytes, uint64_t* barrier);
 void wait_for_copies(uint64_t* barrier, unsigned parity);
 

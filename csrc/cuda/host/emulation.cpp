@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include <map>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -91,6 +93,12 @@ struct Warp {
   uint64_t values[2][kWarp];  // of this exchange, and of the one before, which some may still read
 };
 
+// What a GPU would do is not known.
+[[noreturn]] void refuse(const char* what) {
+  fprintf(stderr, "emulation: %s\n", what);
+  abort();
+}
+
 struct Copy {
   void* to;
   const void* from;
@@ -99,7 +107,8 @@ struct Copy {
 };
 
 struct Block {
-  std::vector<Copy> copies;  // that have not arrived
+  std::vector<Copy> copies;                // that have not arrived
+  std::map<uint64_t*, int64_t> expected;  // bytes of them, at each barrier, that have not been asked for
   unsigned number, arrived = 0, generation = 0;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> memory;
@@ -182,6 +191,29 @@ void make_ready(Fiber& fiber) {
   fiber.stack_pointer = top;
 }
 
+// Blocks of a GPU are of any speed. With FUSED_ADAFACTOR_EMULATED_SEED, a number that is not 0, every block stops now
+// and then, some times for so long that others do all that does not wait for it.
+class Stalls {
+ public:
+  explicit Stalls(size_t blocks) : left_(blocks, 0) {
+    const char* seed = getenv("FUSED_ADAFACTOR_EMULATED_SEED");
+    on_ = seed != nullptr && atoi(seed) != 0;
+    if (on_) random_.seed(unsigned(atoi(seed)));
+  }
+  // Asked once for each turn of a block.
+  bool stops(size_t block) {
+    if (!on_) return false;
+    if (left_[block] > 0) return --left_[block] > 0;
+    if (random_() % 100 == 0) left_[block] = random_() % 1000;
+    return left_[block] > 0;
+  }
+
+ private:
+  std::vector<unsigned> left_;
+  std::mt19937 random_;
+  bool on_;
+};
+
 // Run some blocks, all of them at the same time, to their end.
 void run_blocks(unsigned first, unsigned count, size_t shared_bytes) {
   const size_t fiber_count = size_t(count) * launching->threads;
@@ -207,12 +239,17 @@ void run_blocks(unsigned first, unsigned count, size_t shared_bytes) {
       make_ready(fiber);
     }
   }
+  Stalls stalls(count);
   for (bool any = true; any;) {
     any = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
-      resume(fiber);
-      any = true;
+    for (unsigned b = 0; b < count; ++b) {
+      const bool stops = stalls.stops(b);
+      for (unsigned t = 0; t < launching->threads; ++t) {
+        Fiber& fiber = fibers[size_t(b) * launching->threads + t];
+        if (fiber.done) continue;
+        any = true;
+        if (!stops) resume(fiber);
+      }
     }
   }
   munmap(stacks, fiber_count * kStackBytes);
@@ -256,7 +293,27 @@ void let_others_run() {
   to_scheduler(false);
 }
 
+void copy_now(void* to, const void* from, size_t bytes) {
+  const auto is_whole = [](uintptr_t number) { return number % 16 == 0; };
+  if (!is_whole(reinterpret_cast<uintptr_t>(to)) || !is_whole(reinterpret_cast<uintptr_t>(from)) || !is_whole(bytes)) {
+    refuse("a copy is not of multiples of 16 bytes");
+  }
+  memcpy(to, from, bytes);
+}
+
+void expect_copies(uint64_t* barrier, int bytes) {
+  int64_t& expected = running->block->expected[barrier];
+  bool all_there = expected == 0;
+  for (const Copy& copy : running->block->copies) all_there = all_there && copy.barrier != barrier;
+  if (!all_there) refuse("a barrier expects more bytes before those that it expected are there");
+  if (bytes <= 0 || bytes >= 1 << 20) refuse("a barrier expects a number of bytes that it cannot count");
+  expected = bytes;
+}
+
 void copy_later(void* to, const void* from, size_t bytes, uint64_t* barrier) {
+  int64_t& expected = running->block->expected[barrier];
+  expected -= int64_t(bytes);
+  if (expected < 0) refuse("a copy is of more bytes than its barrier expects");
   running->block->copies.push_back({to, from, bytes, barrier});
 }
 
@@ -268,7 +325,8 @@ void wait_for_copies(uint64_t* barrier, unsigned parity) {
       let_others_run();
       continue;
     }
-    for (const Copy& copy : asked) memcpy(copy.to, copy.from, copy.bytes);
+    if (running->block->expected[barrier] != 0) refuse("fewer bytes were asked for than a barrier expects");
+    for (const Copy& copy : asked) copy_now(copy.to, copy.from, copy.bytes);
     running->block->copies = others;
     ++*barrier;
   }

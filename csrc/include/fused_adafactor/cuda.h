@@ -48,7 +48,8 @@ FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_is_host();
 // Threads of a block.
 FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_threads();
 // What a device has: multiprocessors, the blocks that one of them holds, and the bytes of shared memory that the stash
-// of each of these may take. Returns a cudaError_t, 0 for success.
+// of each of these may take. Makes the kernels ready there, so it comes before any launch on the device. Returns a
+// cudaError_t, 0 for success; another one where the library has no kernels for such a device.
 FUSED_ADAFACTOR_EXPORT int32_t fused_adafactor_cuda_device(int32_t device, int32_t* processors, int32_t* shared_bytes,
                                                            int32_t* blocks_per_processor);
 // Put a launch on a stream of a device; the current device is the same before and after. Returns a cudaError_t.
