@@ -352,7 +352,7 @@ void sum_vector(const P* param, const G* grad, const float* var, const VectorRul
       ask_for(grad + j, kAheadOfLine);
       ask_for(var + j, kAheadOfLine);
       const Floats g = load(grad + j, lanes) * r.scale;
-      const Floats u = g * least(inverse_root(r.var(load(var + j, lanes), g)), r.most);
+      const Floats u = g * least(inverse_root(r.var(load(var + j, lanes), g), lanes), r.most);
       grad_sq += g * g;
       update_sq += kept(u * u, lanes);
       if (!kWithParam) return;
@@ -376,7 +376,7 @@ void apply_vector(P* param, const G* grad, float* var, const VectorRule& r, floa
     ask_for(var + j, kAheadOfLine);
     const Floats g = load(grad + j, lanes) * r.scale, v = r.var(load(var + j, lanes), g);
     store(var + j, v, lanes);
-    const Floats p = load(param + j, lanes), u = g * least(inverse_root(v), r.most);
+    const Floats p = load(param + j, lanes), u = g * least(inverse_root(v, lanes), r.most);
     store_rounded(param, fused(p, Floats{} + decay, -(u * step)), random, j, lanes);
   });
 }

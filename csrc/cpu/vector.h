@@ -370,6 +370,14 @@ inline Floats inverse_root(Floats x) {
   return x;
 }
 
+inline Floats inverse_root(Floats x, AllLanes) { return inverse_root(x); }
+
+// What is left over at the end of a row is not worth a guess.
+inline Floats inverse_root(Floats x, SomeLanes part) {
+  for (int64_t i = 0; i < part.count; ++i) x[i] = 1.0f / std::sqrt(x[i]);
+  return x;
+}
+
 // 1 / x, likewise.
 inline Vector<double> inverse(Vector<double> x) { return 1.0 / x; }
 
