@@ -67,10 +67,10 @@ class ItemKind(IntEnum):
     ACCUMULATE = 6
     AVERAGE = 7
     MERGE = 8
-    SHARE = 11
-    SETTLE = 12
     CHUNK = 9  # sums along very long lines, chunk by chunk
     TOTAL = 10  # the norm of the gradient
+    SHARE = 11
+    SETTLE = 12
 
 
 class Form(IntEnum):

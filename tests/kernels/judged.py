@@ -95,7 +95,10 @@ class Judged:
             held = [v.dtype for v in kept.values() if v.is_floating_point() and v.dim() > 0]
             coarsest = max([unit(math_dtype), *map(unit, held)]) if held else unit(math_dtype)
             units = growth(p.shape) * unit(math_dtype) + 4 * coarsest
-            of_param = self._compare_param(p, q, old, units * slack(q), math_dtype, what)
+            averaged = torch.zeros(())
+            if self._overwrites:
+                averaged = state.get(self.ours.layout.average, averaged).abs()
+            of_param = self._compare_param(p, q, old, averaged, units * slack(q), math_dtype, what)
             for key, wanted in self.judge.state[q].items():
                 size = wanted.double().abs() + state.get(key, torch.zeros(())).abs()
                 allowed = state_slack * units * size + unit(kept[key].dtype) * size
@@ -106,11 +109,17 @@ class Judged:
                 assert_within(kept[key], wanted, allowed, f"{key} {what}")
         self.follow()
 
+    @property
+    def _overwrites(self) -> bool:
+        average = self.ours._rule(self.ours.param_groups[0]).weight_average
+        return average is not None and average.overwrite_every is not None
+
     def _compare_param(
         self,
         p: Tensor,
         q: Tensor,
         old: Tensor,
+        averaged: Tensor,
         units: float,
         math_dtype: torch.dtype,
         what: str,
@@ -120,6 +129,8 @@ class Judged:
             delta = delta.max().expand(delta.shape) if delta.numel() else delta
         smallest = torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps
         written = (unit(p.dtype) + 3 * unit(math_dtype)) * (q.detach().abs() + delta) + smallest
+        # An average that takes the place of a parameter may be far less than what it is made of.
+        written = written + 2 * unit(math_dtype) * averaged
         allowed = units * delta + written
         assert_within(p.detach(), q.detach(), allowed, f"parameter {what}")
         return allowed

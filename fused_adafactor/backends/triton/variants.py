@@ -151,7 +151,7 @@ def variant_of(
         CHUNKED=any(p.chunks > 1 for p in pieces),
         WIDTHS=tuple(sorted({p.width for p in pieces} - {0})),
         SPANS=tuple(sorted({p.span for p in pieces} - {0})),
-        KINDS=tuple(kind in kinds for kind in ItemKind),
+        KINDS=tuple(kind in kinds for kind in sorted(ItemKind)),
         WAITS=waits,
         JOINED=joined,
         TILE=tuning.tile if aligned else tuning.tile // 2,
