@@ -168,12 +168,13 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
 }
 
 inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, double clip) {
-  const float decay = float(decay_of(t, r)), step = float(t.alpha) * (1.0f / float(clip));
-  const VectorRule rule = vector_rule(t, r);
+  const ApplyRule rule = apply_rule(t, r, clip);
+  const VectorRule of_var = vector_rule(t, r);
   by_dtypes(t, [&](auto* param, auto* grad) {
     const int64_t begin = elements.begin;
     for_each_part(t, r, begin, elements.end - begin, [&](int64_t k, int64_t n) {
-      apply_vector(param + k, grad + k, static_cast<float*>(t.var) + k, rule, decay, step, draws_at(t, r, k), n);
+      float* var = static_cast<float*>(t.var) + k;
+      apply_vector(param + k, grad + k, var, of_var, rule.decay, rule.step, draws_at(t, r, k), n);
     });
   });
 }

@@ -135,15 +135,9 @@ inline Bytes load_bytes(const int8_t* from, AllLanes) {
   memcpy(&bytes, from, sizeof bytes);
   return bytes;
 }
+inline Bytes load_bytes(const int8_t* from, SomeLanes part) { return one_by_one<Bytes>(from, part); }
 inline void store_bytes(int8_t* to, Bytes bytes, AllLanes) { memcpy(to, &bytes, sizeof bytes); }
-inline Bytes load_bytes(const int8_t* from, SomeLanes part) {
-  Bytes bytes{};
-  for (int64_t i = 0; i < part.count; ++i) bytes[i] = from[i];
-  return bytes;
-}
-inline void store_bytes(int8_t* to, Bytes bytes, SomeLanes part) {
-  for (int64_t i = 0; i < part.count; ++i) to[i] = bytes[i];
-}
+inline void store_bytes(int8_t* to, Bytes bytes, SomeLanes part) { one_by_one(to, bytes, part); }
 
 inline Floats to_floats(Bytes bytes) {
 #if defined(__AVX512F__)

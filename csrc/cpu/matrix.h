@@ -144,7 +144,8 @@ double measure_plain_block(const Tensor& t, const Rule& r, const Matrix<float>& 
   }
   const float most = most_root<float>(r);
   return by_extras(extras_of(t, r), [&](auto extras) {
-    const auto f = corrects ? measure_lines<L, extras.value, true, P, G> : measure_lines<L, extras.value, false, P, G>;
+    const auto f = corrects ? square_updates<L, extras.value, true, P, G>
+                            : square_updates<L, extras.value, false, P, G>;
     return f(lines, of_line, m.factor, most, grad_rule(t, r), moment_rule(r), t.cols);
   });
 }

@@ -166,7 +166,7 @@ double add_lines(const Line<P, G>* lines, const float* inverse, GradRule r, Mome
 
 // Σ u² of L lines under the clamp; where it corrects, less what the identity has counted for it.
 template <int L, Extras kExtras, bool kCorrects, class P, class G>
-double measure_lines(const Line<P, G>* lines, const float* of_line, const float* factor, float most, GradRule r,
+double square_updates(const Line<P, G>* lines, const float* of_line, const float* factor, float most, GradRule r,
                      MomentRule moment, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
@@ -217,9 +217,9 @@ struct Draws {
 template <class F>
 FA_INLINE void for_each_drawn(const Draws& draws, int64_t n, F f) {
   RandomBits bits;
-  const int64_t most = kDrawnTogether - int64_t(draws.element % 8);
+  const int64_t whole_blocks = kDrawnTogether - int64_t(draws.element % 8);
   for (int64_t begin = 0, end; begin < n; begin = end) {
-    end = !draws.wanted ? n : least(n, begin + (begin == 0 ? most : kDrawnTogether));
+    end = !draws.wanted ? n : least(n, begin + (begin == 0 ? whole_blocks : kDrawnTogether));
     const uint16_t* random =
         draws.wanted ? bits.of(draws.key, draws.element + uint64_t(begin), end - begin) - begin : nullptr;
     for_each_vector(begin, end, [&](int64_t j, auto lanes) { f(j, lanes, random); });
@@ -231,7 +231,7 @@ struct ApplyRule {
   GradRule grad;
   MomentRule moment;
   MomentumSite site;
-  float decay, step;  // to = decay p - step u
+  float decay, step;     // p = decay p - step u
   float by_clip, alpha;  // step is their product
   float average_momentum, average_rest;
 };

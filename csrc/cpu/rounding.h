@@ -26,28 +26,21 @@ inline Longs multiply_halves(Longs a, Longs b) {
 #endif
 }
 
-// a0 b0 a1 b1 ... of the first halves of two vectors, and of their second halves.
-inline Longs first_halves(Longs a, Longs b) {
+// Stores a0 b0 a1 b1 ... of two vectors.
+inline void store_in_turn(uint16_t* to, Longs a, Longs b) {
 #if defined(__AVX512F__)
-  return Longs(_mm512_permutex2var_epi64(__m512i(a), _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), __m512i(b)));
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  store(to, Longs(_mm512_permutex2var_epi64(__m512i(a), first, __m512i(b))));
+  store(to + 4 * kBlocksTogether, Longs(_mm512_permutex2var_epi64(__m512i(a), second, __m512i(b))));
 #elif defined(__AVX2__)
   const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b));
   const __m256i high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
-  return Longs(_mm256_permute2x128_si256(low, high, 0x20));
+  store(to, Longs(_mm256_permute2x128_si256(low, high, 0x20)));
+  store(to + 4 * kBlocksTogether, Longs(_mm256_permute2x128_si256(low, high, 0x31)));
 #else
-  return Longs{a[0], b[0]};
-#endif
-}
-
-inline Longs second_halves(Longs a, Longs b) {
-#if defined(__AVX512F__)
-  return Longs(_mm512_permutex2var_epi64(__m512i(a), _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), __m512i(b)));
-#elif defined(__AVX2__)
-  const __m256i low = _mm256_unpacklo_epi64(__m256i(a), __m256i(b));
-  const __m256i high = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
-  return Longs(_mm256_permute2x128_si256(low, high, 0x31));
-#else
-  return Longs{a[1], b[1]};
+  store(to, Longs{a[0], b[0]});
+  store(to + 4 * kBlocksTogether, Longs{a[1], b[1]});
 #endif
 }
 
@@ -84,8 +77,7 @@ inline void rounding_blocks(const RandomKey& key, uint64_t block, int64_t count,
       k1 += kPhiloxKeyStep1;
     }
     const Longs low = (c0 & 0xFFFFFFFFu) | (c1 << 32), high = (c2 & 0xFFFFFFFFu) | (c3 << 32);
-    store(halves + 8 * first, first_halves(low, high));
-    store(halves + 8 * first + 4 * kBlocksTogether, second_halves(low, high));
+    store_in_turn(halves + 8 * first, low, high);
   }
 }
 

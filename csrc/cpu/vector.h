@@ -192,6 +192,17 @@ inline Halves load_halves(const uint16_t* from, AllLanes) {
   return halves;
 }
 inline void store_halves(uint16_t* to, Halves halves, AllLanes) { memcpy(to, &halves, sizeof halves); }
+// Of any vector, where the machine has nothing for it.
+template <class V, class T>
+V one_by_one(const T* from, SomeLanes part) {
+  V value{};
+  for (int64_t i = 0; i < part.count; ++i) value[i] = from[i];
+  return value;
+}
+template <class V, class T>
+void one_by_one(T* to, V value, SomeLanes part) {
+  for (int64_t i = 0; i < part.count; ++i) to[i] = value[i];
+}
 // Without what was never read: not 0 any more, where it has been divided by 0.
 inline Floats kept(Floats value, AllLanes) { return value; }
 
@@ -207,22 +218,10 @@ inline void store_halves(uint16_t* to, Halves halves, SomeLanes part) {
 }
 inline Floats kept(Floats value, SomeLanes part) { return Floats(_mm512_maskz_mov_ps(mask_of(part), __m512(value))); }
 #else
-inline Floats load(const float* from, SomeLanes part) {
-  Floats value{};
-  for (int64_t i = 0; i < part.count; ++i) value[i] = from[i];
-  return value;
-}
-inline void store(float* to, Floats value, SomeLanes part) {
-  for (int64_t i = 0; i < part.count; ++i) to[i] = value[i];
-}
-inline Halves load_halves(const uint16_t* from, SomeLanes part) {
-  Halves halves{};
-  for (int64_t i = 0; i < part.count; ++i) halves[i] = from[i];
-  return halves;
-}
-inline void store_halves(uint16_t* to, Halves halves, SomeLanes part) {
-  for (int64_t i = 0; i < part.count; ++i) to[i] = halves[i];
-}
+inline Floats load(const float* from, SomeLanes part) { return one_by_one<Floats>(from, part); }
+inline void store(float* to, Floats value, SomeLanes part) { one_by_one(to, value, part); }
+inline Halves load_halves(const uint16_t* from, SomeLanes part) { return one_by_one<Halves>(from, part); }
+inline void store_halves(uint16_t* to, Halves halves, SomeLanes part) { one_by_one(to, halves, part); }
 inline Floats kept(Floats value, SomeLanes part) {
   for (int64_t i = part.count; i < kLanes; ++i) value[i] = 0.0f;
   return value;
