@@ -23,7 +23,14 @@ from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
 from fused_adafactor.sharding import joiner, part_of, refuse_blocks, shard_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
-from fused_adafactor.state import StateLayout, adopt, check_state, entries_of, with_moment_of
+from fused_adafactor.state import (
+    StateLayout,
+    adopt,
+    check_state,
+    entries_of,
+    with_moment_of,
+    with_shapes_of,
+)
 
 
 class _Loaded(NamedTuple):
@@ -182,13 +189,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         )
 
     def _with_moments(self, source: StateDict) -> dict[int, dict[str, Any]]:
-        """The loaded states, with first moments as their rules want them."""
+        """The loaded states, shaped as ours, with first moments as their rules want them."""
         for group in source["param_groups"]:
             check_group(group)
-        return {
-            number: with_moment_of(saved, spec, rule, self.layout)
-            for number, _, saved, _, spec, rule in self._loaded(source)
-        }
+        fitted = {}
+        for number, _, saved, _, spec, rule in self._loaded(source):
+            shaped = with_shapes_of(saved, spec, rule, self.layout)
+            fitted[number] = with_moment_of(shaped, spec, rule, self.layout)
+        return fitted
 
     def _check_loaded(self, source: StateDict) -> None:
         for _, _, saved, _, spec, rule in self._loaded(source):

@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor
 
 from fused_adafactor.rule import Rule
-from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of
+from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of, whole_of
 from fused_adafactor.state import Entry
 from fused_adafactor.summing import Message
 
@@ -276,7 +276,7 @@ def part_of(value: Tensor, entry: Entry, spec: TensorSpec, param: Tensor) -> Ten
             and tuple(loaded.placements) == _placements(tensor, entry)
         ):
             return local_of(value)
-        value = cast(Tensor, loaded.full_tensor())
+        value = whole_of(value)
     if spec.shard is None or tuple(value.shape) != entry.shape:
         return value
     for dim, axes in enumerate(entry.split):

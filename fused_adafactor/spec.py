@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fused_adafactor.blocks import blocks_of
-from fused_adafactor.factoring import MatrixView
+from fused_adafactor.factoring import MatrixView, ScatteredView
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import Rule, Structure, structure_of
 
@@ -127,9 +127,11 @@ class TensorSpec:
     @property
     def whole_view(self) -> MatrixView | None:
         """The matrices that are factored, whole."""
-        if self.view is None or self.shard is None:
+        if self.view is None or not self.is_split:
             return self.view
-        return self.view.part(self.shard.whole)
+        if isinstance(self.view, ScatteredView):
+            return self.view.whole
+        return self.view.part(self.whole, (0,) * len(self.whole))
 
     def of_whole(self) -> TensorSpec:
         """The whole parameter, row-major, as one process would have it."""
@@ -146,13 +148,21 @@ class TensorSpec:
         )
 
     @property
+    def is_scattered(self) -> bool:
+        """Whether it is a part of what is reshaped to a matrix, all of which each process sums."""
+        return isinstance(self.view, ScatteredView)
+
+    @property
     def rows_over(self) -> tuple[int, ...]:
         """Dimensions of the mesh that the rows of its matrices are split over."""
         return self._over(-2)
 
     @property
     def cols_over(self) -> tuple[int, ...]:
-        """Dimensions of the mesh that the columns of its matrices are split over."""
+        """Dimensions of the mesh that the columns of its matrices are split over.
+
+        Of what is reshaped, rows are whole where nothing but the first dimension is split.
+        """
         return self._over(-1)
 
     @property
@@ -166,7 +176,9 @@ class TensorSpec:
     def _over(self, place: int) -> tuple[int, ...]:
         if self.shard is None or self.view is None:
             return ()
-        assert self.view.permutation is not None
+        if self.view.permutation is None:
+            whole_rows = place == -1 and not any(self.shard.split[1:])
+            return () if whole_rows else self.shard.over
         return self.shard.split[self.view.permutation[place]]
 
     @property
@@ -258,8 +270,8 @@ def spec_of(
         RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or
             overlapping memory.
         TypeError: A dtype that is not one of ``DTYPES``.
-        ValueError: Shapes differ, a rounding that the dtype does not have, a part of a parameter
-            that is factored by a reshape, or a mirror that is not laid out as ``state_strides``.
+        ValueError: Shapes differ, a rounding that the dtype does not have, or a mirror that is not
+            laid out as ``state_strides``.
     """
     check_kinds(id, param, grad)
     _check_pair(id, param, grad)
@@ -275,7 +287,7 @@ def spec_of(
         grad_dtype=grad.dtype,
         math_dtype=torch.float64 if double else torch.float32,
         device=param.device,
-        view=_view_of(id, shape, rule, shard),
+        view=_view_of(shape, rule, shard),
         structure=structure_of(rule),
         shard=shard,
         mirror_dtype=None if mirror is None else mirror.dtype,
@@ -285,22 +297,12 @@ def spec_of(
     return spec
 
 
-def _view_of(
-    id: TensorId, shape: tuple[int, ...], rule: Rule, shard: Shard | None
-) -> MatrixView | None:
+def _view_of(shape: tuple[int, ...], rule: Rule, shard: Shard | None) -> MatrixView | None:
     """What is factored is decided by the whole parameter."""
-    if shard is None:
-        return rule.factoring.view_of(shape)
-    whole = rule.factoring.view_of(shard.whole)
-    if whole is None:
-        return None
-    if whole.permutation is None:
-        raise ValueError(
-            f"{id} of shape {shard.whole} is distributed, and this optimizer factors it as a "
-            f"matrix of shape {whole.matrices}, whose rows and columns its parts do not have. Use "
-            "enable_factorization=False for it, or another dialect"
-        )
-    return whole.part(shape)
+    whole = rule.factoring.view_of(shape if shard is None else shard.whole)
+    if whole is None or shard is None or not shard.over:
+        return whole
+    return whole.part(shape, shard.offset)
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -314,6 +316,12 @@ def local_of(tensor: Tensor) -> Tensor:
     part = to_local()
     wait = getattr(part, "wait", None)  # of torch's AsyncCollectiveTensor
     return cast(Tensor, part if wait is None else wait())
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a tensor: what is distributed is gathered, by all processes."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else cast(Tensor, full_tensor())
 
 
 def has_memory(tensor: Tensor) -> bool:

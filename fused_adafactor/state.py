@@ -18,7 +18,7 @@ from fused_adafactor.blocks import dequantise, quantise
 from fused_adafactor.counting import check_count, counter, counter_dtype
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rule import Rule, StepCount
-from fused_adafactor.spec import TensorSpec, local_of
+from fused_adafactor.spec import TensorSpec, local_of, whole_of
 
 _T = TypeVar("_T")
 
@@ -135,8 +135,11 @@ def _full(spec: TensorSpec, dtype: torch.dtype) -> Entry:
 
 
 def _matrices(spec: TensorSpec, dtype: torch.dtype) -> Entry:
-    """An entry of the parameter's shape, or of the matrix that it is reshaped to."""
-    if spec.view is None or spec.view.permutation is not None:
+    """An entry of the parameter's shape, or of the matrix that it is reshaped to.
+
+    Of a distributed parameter it always has the parameter's, of which there are parts.
+    """
+    if spec.view is None or spec.view.permutation is not None or spec.shard is not None:
         return _full(spec, dtype)
     return Entry(spec.view.matrices, dtype, spec.view.matrices, ((), ()))
 
@@ -334,6 +337,28 @@ def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLa
     return _empty(spec, name, entry).copy_(tensor.detach())
 
 
+def with_shapes_of(
+    state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout
+) -> dict[str, Any]:
+    """A loaded state with what is full-size in the shape in which this process keeps it.
+
+    Of a parameter that is reshaped to a matrix that is the parameter's shape where it is
+    distributed, and the matrix' where it is not. Everything else passes as it is.
+    """
+    view = spec.whole_view
+    if view is None or view.permutation is not None:
+        return state
+    entries = entries_of(spec, rule, layout)
+    shaped = {}
+    for name in ("exp_avg", "var_max"):
+        value = state.get(layout.key(name))
+        if name in entries and isinstance(value, Tensor):
+            shape, wanted = tuple(value.shape), entries[name].shape
+            if shape != wanted and shape in (view.shape, view.matrices):
+                shaped[layout.key(name)] = whole_of(value).reshape(wanted)
+    return {**state, **shaped}
+
+
 def with_moment_of(
     state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout
 ) -> dict[str, Any]:
@@ -343,8 +368,8 @@ def with_moment_of(
     lie along rows where this parameter's lie along columns, or the other way round, are rounded
     once more. Everything else passes as it is, also what does not fit: ``check_state`` names it.
     """
-    spec = spec.of_whole()  # as it is saved; parts are taken of the result
     entry = entries_of(spec, rule, layout).get("exp_avg")
+    spec = spec.of_whole()  # as it is saved; parts are taken of the result
     value, scale = state.get(layout.exp_avg), state.get(layout.exp_avg_scale)
     if entry is None or not isinstance(value, Tensor) or tuple(value.shape) != entry.shape:
         return state
@@ -355,13 +380,13 @@ def with_moment_of(
         (swapped, *_) = lying
         lines = _lines_of(value, spec, swapped)
         value = dequantise(lines, scale.mT if swapped else scale, spec.math_dtype)
-        value = _from_lines(value, spec, swapped)
+        value = _from_lines(value, spec, swapped).reshape(entry.shape)
     elif entry.dtype is not torch.int8 or not value.is_floating_point():
         return state
     loaded = {key: kept for key, kept in state.items() if key != layout.exp_avg_scale}
     if entry.dtype is torch.int8:
         value, scale = quantise(_lines_of(value.to(spec.math_dtype), spec, spec.swapped))
-        value = _from_lines(value, spec, spec.swapped)
+        value = _from_lines(value, spec, spec.swapped).reshape(entry.shape)
         loaded[layout.exp_avg_scale] = scale.mT if spec.swapped else scale
     return {**loaded, layout.exp_avg: value}
 

@@ -66,7 +66,7 @@ def after_stats(planned: PlannedTensor) -> list[PartialSum]:
     """The sums of a tensor that are to be taken once ``STATS`` has run.
 
     Where rows are whole, two sweeps need no more. A row that is split has to be summed up before
-    anything can follow from it.
+    anything can follow from it. Of what is reshaped every process learns all rows and columns.
     """
     spec, structure = planned.spec, planned.spec.structure
     if not spec.is_split:
@@ -82,13 +82,14 @@ def after_stats(planned: PlannedTensor) -> list[PartialSum]:
     if spec.view is None:
         return sums
     *batch, n, m = spec.view.matrices
-    if rows:
+    if rows and not spec.is_scattered:
         sums.append(PartialSum("row_var_sum", (*batch,), rows))
         if cols or clips_by_norm(planned):
             sums.append(PartialSum("row_sq_sum", (*batch,), tuple(sorted((*rows, *cols)))))
+    if rows:
         sums.append(PartialSum("col_sq", (*batch, m), rows))
-    if cols:
-        sums.append(PartialSum("row_sq", (*batch, n), cols))
+    if cols or spec.is_scattered:
+        sums.append(PartialSum("row_sq", (*batch, n), cols or rows))
     if knows_update and rows:
         sums.append(PartialSum("col_weighted", (*batch, m), rows))
     return sums

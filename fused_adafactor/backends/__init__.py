@@ -102,13 +102,17 @@ def availability() -> dict[str, str | None]:
     return {**dict.fromkeys(NAMES), **{n: _native(n).missing() for n in _NATIVE}}
 
 
-def choose(request: str, device: torch.device, split: bool = False) -> Facts:
+def choose(
+    request: str, device: torch.device, split: bool = False, scattered: bool = False
+) -> Facts:
     """Choose the backend for tensors on a device.
 
     Args:
         request: From ``parse_request``. A named backend is used or refused, never replaced.
         device: Where the tensors are.
         split: Whether other processes have other parts of them.
+        scattered: Whether they are parts of what is reshaped to a matrix. Refused here and not as
+            an obstacle, so that processes with empty parts refuse them too.
 
     Raises:
         RuntimeError: The named backend cannot run, or native code was asked for by one of its
@@ -124,9 +128,14 @@ def choose(request: str, device: torch.device, split: bool = False) -> Facts:
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
         if reasons[name] is None and split and name not in _STEP_PARTS:
             reasons[name] = f"the {name} backend does not step distributed tensors in this version"
+    unable = {
+        name: f"the {name} backend does not step parts of what is reshaped to a matrix"
+        for name in _NATIVE
+        if scattered and reasons[name] is None
+    }
     if request == "auto":
-        return _choose_auto(device, reasons)
-    missing = reasons[request]
+        return _choose_auto(device, reasons, unable)
+    missing = reasons[request] or unable.get(request)
     if missing is not None:
         raise RuntimeError(
             f"backend={request!r} was asked for, but {missing}. Use backend='auto', or see "
@@ -135,19 +144,24 @@ def choose(request: str, device: torch.device, split: bool = False) -> Facts:
     return Facts(request, two_sweep=request != "reference", why="asked for")
 
 
-def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
-    """The fastest backend that can run, else the reference with the reasons why it is not."""
+def _choose_auto(
+    device: torch.device, reasons: dict[str, str | None], unable: dict[str, str]
+) -> Facts:
+    """The fastest backend that can run, else the reference with the reasons why it is not.
+
+    One that is only unable to step these tensors may be asked for by a variable: others can be.
+    """
     wishes = []
     for name in _NATIVE:
         native = _native(name)
-        if not native.steps_on(device):
+        if not native.steps_on(device) or name in unable:
             continue
         if reasons[name] is None:
             return Facts(name, two_sweep=True, why=f"auto on {device.type}: {native.describe()}")
         wishes += [(v, name) for v in native.ENVIRONMENTS if os.environ.get(v)]
     for variable, name in wishes:
         raise RuntimeError(f"{variable} asks for the {name} backend, but {reasons[name]}")
-    others = "; ".join(reason for reason in reasons.values() if reason is not None)
+    others = "; ".join(reason for reason in {**reasons, **unable}.values() if reason is not None)
     if device.type == "cuda":
         _warn_of_reference(device, others)
     return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")

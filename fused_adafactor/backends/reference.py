@@ -188,7 +188,7 @@ def stats(b: _Work) -> None:
     if b.row_var is not None:
         partials.row_sq = grad_sq.sum(dim=-1)
         partials.col_sq = grad_sq.sum(dim=-2)
-        if spec.rows_over:
+        if spec.rows_over and not spec.is_scattered:  # of what is scattered all rows are known
             _sum_rows(b, b.row_var, partials.row_sq)
     if b.planned.sweeps == 2 and b.rule.clip_threshold is not None:
         if b.row_var is None:
@@ -258,7 +258,7 @@ def apply(b: _Work) -> None:
     else:
         delta = exp_avg
     _write_moments(b, exp_avg)
-    _write_param(b, b.planned.spec.view.from_matrices(delta) if b.planned.spec.view else delta)
+    _write_param(b, _full(b, delta))
     if b.accumulator is not None:
         _write(b, b.accumulator, torch.zeros_like(b.accumulator))
     average(b)
@@ -352,12 +352,11 @@ def _write_exp_avg(b: _Work, exp_avg: Tensor) -> None:
     """Store the new first moment; what has been rounded is not changed by rounding it again."""
     assert b.exp_avg is not None
     spec = b.planned.spec
-    target = b.exp_avg if spec.view is None else spec.view.to_matrices(b.exp_avg)
     if b.exp_avg_scale is not None:
         q, scale = quantise(spec.to_lines(exp_avg, spec.swapped))
         exp_avg = spec.from_lines(q, spec.swapped)
         _write(b, b.exp_avg_scale, scale)
-    _write(b, target, exp_avg)
+    _write_full(b, b.exp_avg, exp_avg)
 
 
 def _new_exp_avg_of_update(b: _Work, clipped: Tensor) -> Tensor:
@@ -535,6 +534,17 @@ def _write(b: _Work, target: Tensor, value: Tensor) -> None:
     target.copy_(value if b.skip is None else torch.where(b.skip, target, value))
 
 
+def _full(b: _Work, value: Tensor) -> Tensor:
+    """[..., n, m] in the shape of the parameter."""
+    view = b.planned.spec.view
+    return value if view is None else view.from_matrices(value)
+
+
+def _write_full(b: _Work, target: Tensor, value: Tensor) -> None:
+    """Store [..., n, m] in the shape of the parameter, or in that of the matrix it reshapes to."""
+    _write(b, target, _full(b, value).reshape(target.shape))
+
+
 def _write_if(b: _Work, due: bool | Tensor, target: Tensor, value: Tensor) -> None:
     """Store a value where it is due, which may be known on a device only."""
     if isinstance(due, Tensor):
@@ -546,11 +556,9 @@ def _write_if(b: _Work, due: bool | Tensor, target: Tensor, value: Tensor) -> No
 
 def _write_moments(b: _Work, exp_avg: Tensor) -> None:
     partials = _partials(b)
-    view = b.planned.spec.view
     # var_max is a function of the old second moments, so it goes first.
     if b.var_max is not None:
-        new = _new_var_max(b)
-        _write(b, b.var_max if view is None else view.to_matrices(b.var_max), new)
+        _write_full(b, b.var_max, _new_var_max(b))
     if b.exp_avg is not None:
         _write_exp_avg(b, exp_avg)
     if b.var is not None:
@@ -595,8 +603,9 @@ def _elements(spec: TensorSpec, device: torch.device, without: int | None = None
         device: For the indices.
         without: Of a factor: the dimension of the matrix view that it lacks, -1 or -2.
     """
-    if spec.shard is None:
+    if not spec.is_split or (without is not None and spec.is_scattered):
         return None
+    assert spec.shard is not None
     dims = list(range(len(spec.shape)))
     if without is not None:
         assert spec.view is not None

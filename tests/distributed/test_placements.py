@@ -46,10 +46,6 @@ def pair(
     sizes, placements = PLACEMENTS[placement]
     mesh = mesh_of(sizes)
     shapes = fitting(SHAPES, placements)
-    if dialect is ADAFACTOR_PYTORCH:  # what it reshapes has no parts
-        shapes = [shape for shape in shapes if len(shape) <= 2]
-        kwargs = kwargs if shapes else {"enable_factorization": False, **kwargs}
-        shapes = shapes or fitting(SHAPES, placements)
     params = stepping.make_params(shapes, dtype)
     if dialect is TORCH:
         kwargs.setdefault("eps", (1e-6, 1e-3))
@@ -89,7 +85,9 @@ def test_every_variant_is_that_of_a_single_process(dialect: Dialect, placement: 
 @on_every_rank
 def test_float32_agrees_over_many_steps(backend: str, placement: str) -> None:
     for dialect in DIALECTS:
-        whole, distributed, give = pair(dialect, placement, torch.float32, backend=backend)
+        # C++ steps no parts of what is reshaped; auto has it step the rest.
+        asked = "auto" if dialect is ADAFACTOR_PYTORCH and backend == "cpp" else backend
+        whole, distributed, give = pair(dialect, placement, torch.float32, backend=asked)
         step_both(whole, distributed, give, steps=8)
         assert_close_parts(distributed, whole, 3e-6)
 
@@ -107,7 +105,7 @@ def test_float32_agrees_over_many_steps(backend: str, placement: str) -> None:
 )
 @on_every_rank
 def test_extras_are_those_of_a_single_process(placement: str, extras: dict[str, Any]) -> None:
-    for dialect in (HF, KERAS):
+    for dialect in (HF, KERAS, ADAFACTOR_PYTORCH):
         whole, distributed, give = pair(dialect, placement, torch.float64, **extras)
         step_both(whole, distributed, give)
         assert_close_parts(distributed, whole, 1e-12)
@@ -151,7 +149,7 @@ def test_stochastic_rounding_has_the_bits_of_a_single_process(placement: str) ->
 @on_every_rank
 def test_second_moments_are_rounded_with_the_bits_of_a_single_process(placement: str) -> None:
     """bfloat16 ones, keyed by their place in the whole."""
-    for dialect in (HF, OPTAX):
+    for dialect in (HF, OPTAX, ADAFACTOR_PYTORCH):
         whole, distributed, give = pair(
             dialect, placement, torch.float64, state_dtype=torch.bfloat16
         )
@@ -238,19 +236,6 @@ def test_a_gradient_that_is_distributed_in_another_way_is_refused() -> None:
     with pytest.raises(TypeError, match="placements"):
         optimizer.step()
     assert not optimizer.state
-
-
-@on_every_rank
-def test_what_is_reshaped_has_no_parts() -> None:
-    mesh = mesh_of((4,))
-    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4, 2), mesh, [Shard(0)]))
-    optimizer = ADAFACTOR_PYTORCH([("weight", param)])
-    param.grad = distribute_tensor(torch.ones(4, 4, 2), mesh, [Shard(0)])
-    with pytest.raises(ValueError, match=r"'weight'.*enable_factorization=False"):
-        optimizer.step()
-    unfactored = ADAFACTOR_PYTORCH([param], enable_factorization=False)
-    unfactored.step()
-    assert unfactored.state[param]
 
 
 @on_every_rank
