@@ -21,7 +21,7 @@ from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.counting import check_count, counter, counter_device
 from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
-from fused_adafactor.sharding import joiner, part_of, refuse_blocks, shard_of
+from fused_adafactor.sharding import joiner, part_of, refuse_cut_blocks, shard_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import (
     StateLayout,
@@ -177,8 +177,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                 if number in source["state"] and id(param) in ids:
                     own = self._param_rule(rule, ids[id(param)], param)
                     part, shard = local_of(param), shard_of(ids[id(param)], param)
-                    refuse_blocks(ids[id(param)], shard, param, own)
                     spec = spec_of(ids[id(param)], part, part, own, shard)
+                    refuse_cut_blocks(spec, own)
                     yield _Loaded(number, saved, source["state"][number], param, spec, own)
 
     def _fits(self, source: StateDict) -> bool:

@@ -7,14 +7,17 @@ them take part in the same all-reduces, in the same order, with as many numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from fused_adafactor.blocks import BLOCK, blocks_of
 from fused_adafactor.rule import Rule
 from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of, whole_of
 from fused_adafactor.state import Entry
@@ -58,8 +61,9 @@ def shard_of(id: TensorId, param: Tensor) -> Shard | None:
         )
     return Shard(
         whole=whole,
+        strides=tuple(param.stride()),
         offset=tuple(begin for begin, _ in blocks),
-        split=tuple(tuple(sorted(axes)) for axes in over),
+        split=tuple(over),
         mesh=mesh,
     )
 
@@ -82,26 +86,61 @@ def described(
     """
     check_shape(id, param, rule)
     shard, part = shard_of(id, param), local_of(param)
-    refuse_blocks(id, shard, param, rule)
     if param.grad is None:
         given = (zeros_of(param), stand_in, part)
         grad = next(tensor for tensor in given if tensor is not None)
-        return spec_of(id, part, grad, rule, shard, mirror)
-    _check_grad(id, param, param.grad)
-    return spec_of(id, part, local_of(param.grad), rule, shard, mirror)
+    else:
+        _check_grad(id, param, param.grad)
+        grad = local_of(param.grad)
+    spec = spec_of(id, part, grad, rule, shard, mirror)
+    refuse_cut_blocks(spec, rule)
+    return spec
 
 
-def refuse_blocks(id: TensorId, shard: Shard | None, param: Tensor, rule: Rule) -> None:
-    """Refuse a first moment of 8 bits of a distributed parameter.
+def refuse_cut_blocks(spec: TensorSpec, rule: Rule) -> None:
+    """Refuse a first moment of 8 bits whose blocks would not be those of a single process.
+
+    All processes do, also those whose own part begins and ends with a block.
 
     Raises:
-        TypeError: It would be one.
+        TypeError: Parts of a parameter cut a block.
     """
-    if shard is not None and rule.momentum_dtype(param.dtype) is torch.int8:
+    if not spec.is_split or rule.momentum_dtype(spec.param_dtype) is not torch.int8:
+        return
+    reason = _cuts_blocks(spec)
+    if reason is not None:
         raise TypeError(
-            f"{id} is distributed, and blocks of momentum_dtype=torch.int8 would not be those of a "
-            "single process; use torch.bfloat16"
+            f"{spec.id} of shape {spec.whole} is distributed, and {reason}, so blocks of "
+            "momentum_dtype=torch.int8 would not be those of a single process. Put it in a param "
+            "group with momentum_dtype=torch.bfloat16, or distribute it in another way"
         )
+
+
+def _cuts_blocks(spec: TensorSpec) -> str | None:
+    """Why some process has a part of a block only, or None."""
+    assert spec.shard is not None
+    whole, split = spec.whole, spec.shard.split
+    if spec.is_scattered:
+        return "its parts are scattered over the rows of its matrix"
+    if spec.view is None:
+        # One line of all elements: of one dimension's parts if there is nothing before it.
+        dims = [dim for dim, axes in enumerate(split) if axes]
+        if math.prod(whole[: dims[-1]]) != 1:
+            return "its parts are not in one piece of its elements"
+        dim, step = dims[-1], math.prod(whole[dims[-1] + 1 :])
+    else:
+        assert spec.view.permutation is not None
+        if spec.of_whole().swapped != spec.swapped:
+            return "the dimension that lies together in memory is split"
+        dim, step = spec.view.permutation[-2 if spec.swapped else -1], 1
+    # Scales are distributed as DTensor divides so many of them.
+    scales = blocks_of(whole[dim] * step)
+    pairs = (_parts(size, split[dim], spec.shard.mesh) for size in (whole[dim], scales))
+    for (begin, end), kept in zip(*pairs, strict=True):
+        first, last = begin * step, end * step
+        if first < last and (first % BLOCK or kept != (first // BLOCK, blocks_of(last))):
+            return f"a part of its dimension {dim} begins within {BLOCK} elements of a block"
+    return None
 
 
 _OR_UNFACTORED = "; or flat_parameters='unfactored', which keeps a second moment for each element"
@@ -346,12 +385,22 @@ def _block(size: int, axes: Iterable[int], mesh: Any) -> tuple[int, int]:
 
     Each dimension of the mesh divides what the ones before it have left, as torch.chunk does.
     """
-    begin, end = 0, size
+    block = 0, size
     for axis in axes:
-        coordinate = mesh.get_local_rank(axis)
-        chunk = -(-(end - begin) // mesh.size(axis))
-        begin, end = (
-            min(begin + coordinate * chunk, end),
-            min(begin + (coordinate + 1) * chunk, end),
-        )
-    return begin, end
+        block = _divided(block, mesh.size(axis))[mesh.get_local_rank(axis)]
+    return block
+
+
+def _parts(size: int, axes: Iterable[int], mesh: Any) -> list[tuple[int, int]]:
+    """Where the parts of all processes begin and end, in order."""
+    parts = [(0, size)]
+    for axis in axes:
+        parts = [piece for part in parts for piece in _divided(part, mesh.size(axis))]
+    return parts
+
+
+def _divided(block: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    begin, end = block
+    chunk = -(-(end - begin) // count)
+    cuts = [min(begin + number * chunk, end) for number in range(count + 1)]
+    return list(pairwise(cuts))

@@ -59,12 +59,15 @@ class Shard:
 
     Attributes:
         whole: Shape of the parameter.
+        strides: Of the parameter, as it says on all processes; parts may lie otherwise.
         offset: Index of the first element of the part, by dimension; the part is one block.
-        split: By dimension, the dimensions of the mesh that it is split over.
+        split: By dimension, the dimensions of the mesh that it is split over, in the order in which
+            they divide it.
         mesh: Whose processes have the parts; compared and hashed, never asked here.
     """
 
     whole: tuple[int, ...]
+    strides: tuple[int, ...]
     offset: tuple[int, ...]
     split: tuple[tuple[int, ...], ...]
     mesh: Hashable
@@ -134,15 +137,14 @@ class TensorSpec:
         return self.view.part(self.whole, (0,) * len(self.whole))
 
     def of_whole(self) -> TensorSpec:
-        """The whole parameter, row-major, as one process would have it."""
+        """The whole parameter, as one process would have it."""
         if self.shard is None:
             return self
-        strides = torch.empty(self.whole, device="meta").stride()
         return replace(
             self,
             shape=self.whole,
-            param_strides=strides,
-            grad_strides=strides,
+            param_strides=self.shard.strides,
+            grad_strides=self.shard.strides,
             view=self.whole_view,
             shard=None,
         )
@@ -179,7 +181,7 @@ class TensorSpec:
         if self.view.permutation is None:
             whole_rows = place == -1 and not any(self.shard.split[1:])
             return () if whole_rows else self.shard.over
-        return self.shard.split[self.view.permutation[place]]
+        return tuple(sorted(self.shard.split[self.view.permutation[place]]))
 
     @property
     def numel(self) -> int:
@@ -209,12 +211,15 @@ class TensorSpec:
     def swapped(self) -> bool:
         """Whether lines are the columns of the view: they are contiguous, and its rows are not.
 
-        Never where the rows are on several processes: these have to know what is weighted by row.
+        Of a distributed parameter that is said by the whole, so that all processes agree. Never
+        where the rows are on several processes: these have to know what is weighted by row.
         """
-        if self.view is None or self.view.permutation is None or self.rows_over:
+        view = self.whole_view
+        if view is None or view.permutation is None or self.rows_over:
             return False
-        row, col = (self.param_strides[d] for d in self.view.permutation[-2:])
-        return row == 1 and col != 1 and self.view.rows * self.view.cols > TINY_ELEMENTS
+        strides = self.param_strides if self.shard is None else self.shard.strides
+        row, col = (strides[d] for d in view.permutation[-2:])
+        return row == 1 and col != 1 and view.rows * view.cols > TINY_ELEMENTS
 
     def scale_shape(self, swapped: bool) -> tuple[int, ...]:
         """Shape of the scales of blocks: [..., n, blocks of a row], or one for each block of all.

@@ -119,9 +119,8 @@ def _moments_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, 
     if rule.momentum is not None:
         dtype = rule.momentum_dtype(spec.param_dtype)
         entries["exp_avg"] = _matrices(spec, dtype)
-        if dtype is torch.int8:  # never of a distributed parameter
-            shape = spec.scale_shape(spec.swapped)
-            entries["exp_avg_scale"] = Entry(shape, torch.uint8, shape, ((),) * len(shape))
+        if dtype is torch.int8:
+            entries["exp_avg_scale"] = _scales(spec)
     return entries
 
 
@@ -142,6 +141,19 @@ def _matrices(spec: TensorSpec, dtype: torch.dtype) -> Entry:
     if spec.view is None or spec.view.permutation is not None or spec.shard is not None:
         return _full(spec, dtype)
     return Entry(spec.view.matrices, dtype, spec.view.matrices, ((), ()))
+
+
+def _scales(spec: TensorSpec) -> Entry:
+    """Scales of blocks, of which parts have their own: no part cuts a block."""
+    split = _split_of(spec)
+    if spec.view is None:
+        split = (next((axes for axes in split if axes), ()),)
+    elif spec.view.permutation is None:
+        split = ((), ())
+    else:
+        split = tuple(split[dim] for dim in spec.view.permutation)
+    whole, part = (each.scale_shape(spec.swapped) for each in (spec.of_whole(), spec))
+    return Entry(whole, torch.uint8, part, split)
 
 
 def _factor(spec: TensorSpec, name: str, dtype: torch.dtype, keepdim: bool) -> Entry:
@@ -378,14 +390,15 @@ def with_moment_of(
         if not lying or (entry.dtype is torch.int8 and spec.swapped in lying):
             return state
         (swapped, *_) = lying
-        lines = _lines_of(value, spec, swapped)
+        lines, scale = _lines_of(whole_of(value), spec, swapped), whole_of(scale)
         value = dequantise(lines, scale.mT if swapped else scale, spec.math_dtype)
         value = _from_lines(value, spec, swapped).reshape(entry.shape)
     elif entry.dtype is not torch.int8 or not value.is_floating_point():
         return state
     loaded = {key: kept for key, kept in state.items() if key != layout.exp_avg_scale}
     if entry.dtype is torch.int8:
-        value, scale = quantise(_lines_of(value.to(spec.math_dtype), spec, spec.swapped))
+        value = whole_of(value).to(spec.math_dtype)
+        value, scale = quantise(_lines_of(value, spec, spec.swapped))
         value = _from_lines(value, spec, spec.swapped).reshape(entry.shape)
         loaded[layout.exp_avg_scale] = scale.mT if spec.swapped else scale
     return {**loaded, layout.exp_avg: value}
@@ -412,7 +425,7 @@ def _is_kind_of(dtype: torch.dtype, wanted: torch.dtype) -> bool:
 def _empty(spec: TensorSpec, name: str, entry: Entry) -> Tensor:
     """Memory for an entry: scales line by line, what is full-size as the spec says."""
     if name == "exp_avg_scale" and spec.swapped:
-        *batch, blocks, lines = entry.shape
+        *batch, blocks, lines = entry.part
         return torch.empty((*batch, lines, blocks), dtype=entry.dtype, device=spec.device).mT
     if entry.part == spec.shape and name != "exp_avg_scale":
         return torch.empty_strided(

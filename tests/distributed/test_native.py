@@ -98,23 +98,30 @@ def test_the_clamp_bites_where_it_does(placement: str) -> None:
         assert_close_parts(distributed, whole, 1e-12)
 
 
-def laid_out(value: DTensor, last: int) -> DTensor:
-    """The same numbers, with another dimension of the part contiguous."""
+def laid_out(value: DTensor, last: int, says: int = -1) -> DTensor:
+    """The same numbers, with another dimension of the part contiguous.
+
+    All processes have to agree on what it ``says`` of the whole.
+    """
     part = value.to_local().movedim(last, -1).contiguous().movedim(-1, last)
+    whole = torch.empty(value.shape, device="meta").movedim(says, -1).contiguous()
     return DTensor.from_local(
         part,
         value.device_mesh,
         value.placements,
         run_check=False,
         shape=value.shape,
-        stride=value.stride(),
+        stride=whole.movedim(-1, says).stride(),
     )
 
 
 @pytest.mark.parametrize("dialect", [TORCH, HF, OPTAX, BIG_VISION], ids=str)
 @on_every_rank
 def test_parts_lie_anyhow(dialect: Dialect) -> None:
-    """On each process in another way, and gradients in yet another one from step to step."""
+    """On each process in another way, and gradients in yet another one from step to step.
+
+    Lines are columns where the whole says so, however a part lies.
+    """
     rank = dist.get_rank()
     for placement in ("rows", "second", "rows_and_columns"):
         sizes, placements = PLACEMENTS[placement]
@@ -122,7 +129,7 @@ def test_parts_lie_anyhow(dialect: Dialect) -> None:
         values = stepping.make_params([(21, 14), (14, 21), (5, 9, 8)], torch.float64)
         whole = dialect(values, backend="reference", **eps_of(dialect))
         parts = [
-            torch.nn.Parameter(laid_out(p, (number + rank) % p.dim()))
+            torch.nn.Parameter(laid_out(p, (number + rank) % p.dim(), number % p.dim()))
             for number, p in enumerate(distribute(values, mesh, placements))
         ]
         distributed = dialect(parts, backend="cpp", **eps_of(dialect))
