@@ -254,6 +254,13 @@ def _check_grad(id: TensorId, param: Tensor, grad: Tensor) -> None:
             f"the gradient of {id} has placements {tuple(theirs)} but the parameter {tuple(ours)}; "
             "grad.redistribute(placements=param.placements) before step()"
         )
+    if ours is not None:
+        meshes = [cast(Any, tensor).device_mesh for tensor in (grad, param)]
+        if meshes[0] != meshes[1] and not torch.equal(*(mesh.mesh for mesh in meshes)):
+            raise TypeError(
+                f"the gradient of {id} is on mesh {meshes[0]} but the parameter on {meshes[1]}; "
+                "distribute both over the same processes, in the same order"
+            )
 
 
 def joiner(param: Tensor) -> Callable[[Tensor, Entry], Tensor]:

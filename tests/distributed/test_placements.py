@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fused_adafactor import sharding
@@ -236,6 +237,27 @@ def test_a_gradient_that_is_distributed_in_another_way_is_refused() -> None:
     with pytest.raises(TypeError, match="placements"):
         optimizer.step()
     assert not optimizer.state
+
+
+@on_every_rank
+def test_a_gradient_on_another_mesh_is_refused() -> None:
+    """The same placements, of other processes: also in a step that was prepared with the same."""
+    mesh, turned = mesh_of((4,)), DeviceMesh("cpu", [3, 2, 1, 0])
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = HF([param])
+    grad = distribute_tensor(torch.ones(4, 4), turned, [Shard(0)])
+    for _ in range(2):
+        before = param.detach().to_local().clone()
+        param.grad = grad
+        with pytest.raises(TypeError, match=r"gradient of parameter #0.*mesh"):
+            optimizer.step()
+        assert torch.equal(param.to_local(), before)
+        param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+        optimizer.step()
+    # What only calls them otherwise has the same processes.
+    named = DeviceMesh("cpu", [0, 1, 2, 3], mesh_dim_names=("other",))
+    param.grad = distribute_tensor(torch.ones(4, 4), named, [Shard(0)])
+    optimizer.step()
 
 
 @on_every_rank
