@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from typing_extensions import override
 from fused_adafactor.blocks import blocks_of
 from fused_adafactor.factoring import MatrixView, ScatteredView
 from fused_adafactor.rounding import Rounding
-from fused_adafactor.rule import Rule, Structure, structure_of
+from fused_adafactor.rule import GradClipKind, Rule, Structure, structure_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A matrix up to this size is tiny: its lines are its rows, however they lie. ``kMaxTiny`` in
@@ -51,6 +52,15 @@ class TensorId:
         """Name the parameter for a message."""
         place = f"#{self.index} in group {self.group}"
         return f"parameter {place}" if self.name is None else f"parameter {self.name!r} ({place})"
+
+
+class Sharing(Enum):
+    """What a tensor shares with other processes, which not every backend can step."""
+
+    NONE = "tensors"
+    PARTS = "distributed tensors"
+    ROUNDED = "parts whose norm follows from rounded second moments of all rows"
+    SCATTERED = "parts of what is reshaped to a matrix"
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,48 @@ class TensorSpec:
         Of what is reshaped, rows are whole where nothing but the first dimension is split.
         """
         return self._over(-1)
+
+    @property
+    def rounds_all_rows(self) -> bool:
+        """Whether each process rounds the new row_var of all rows, its own and the others'.
+
+        The norm of v is the mean of what is stored. Where that is rounded, and is only known once
+        sums over all processes are (of parts of rows, or the norm of all gradients), every process
+        learns those sums of all rows, and rounds them as their own processes do.
+        """
+        clips = self.structure.grad_clip in (GradClipKind.NORM, GradClipKind.GLOBAL_NORM)
+        kept = self.structure.moment_dtype(self.param_dtype)
+        return (
+            bool(self.rows_over)
+            and not self.is_scattered
+            and (clips or bool(self.cols_over))
+            and kept.itemsize < self.math_dtype.itemsize
+        )
+
+    @property
+    def with_all_rows(self) -> TensorSpec:
+        """The part that a process would have that had all rows of its matrices."""
+        assert self.shard is not None
+        assert self.view is not None
+        assert self.view.permutation is not None
+        shape, offset = list(self.shape), list(self.shard.offset)
+        row = self.view.permutation[-2]
+        shape[row], offset[row] = self.whole[row], 0
+        return replace(
+            self,
+            shape=tuple(shape),
+            view=self.view.part(tuple(shape), tuple(offset)),
+            shard=replace(self.shard, offset=tuple(offset)),
+        )
+
+    @property
+    def sharing(self) -> Sharing:
+        """What a backend must be able to do to step it."""
+        if self.is_scattered:
+            return Sharing.SCATTERED
+        if self.rounds_all_rows:
+            return Sharing.ROUNDED
+        return Sharing.PARTS if self.is_split else Sharing.NONE
 
     @property
     def has_first_row(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from fused_adafactor.binding import Binding, Exchange
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Facts, Phase
-from fused_adafactor.spec import TensorSpec
+from fused_adafactor.spec import Sharing, TensorSpec
 
 ENVIRONMENT = "FUSED_ADAFACTOR_BACKEND"
 NAMES = ("reference", "cpp", "triton", "cuda")
@@ -24,8 +24,13 @@ REQUESTS = ("auto", *NAMES)
 
 # Those that need more than torch, best first.
 _NATIVE = ("triton", "cuda", "cpp")
-# Those of them that step parts of parameters that are split over processes.
-_STEP_PARTS = ("cpp",)
+# Those of them that step what is shared with other processes.
+_ABLE = {
+    Sharing.NONE: _NATIVE,
+    Sharing.PARTS: ("cpp",),
+    Sharing.ROUNDED: ("cpp",),
+    Sharing.SCATTERED: (),
+}
 _warned: set[str] = set()  # reasons that have been told
 
 
@@ -102,17 +107,14 @@ def availability() -> dict[str, str | None]:
     return {**dict.fromkeys(NAMES), **{n: _native(n).missing() for n in _NATIVE}}
 
 
-def choose(
-    request: str, device: torch.device, split: bool = False, scattered: bool = False
-) -> Facts:
+def choose(request: str, device: torch.device, sharing: Sharing = Sharing.NONE) -> Facts:
     """Choose the backend for tensors on a device.
 
     Args:
         request: From ``parse_request``. A named backend is used or refused, never replaced.
         device: Where the tensors are.
-        split: Whether other processes have other parts of them.
-        scattered: Whether they are parts of what is reshaped to a matrix. Refused here and not as
-            an obstacle, so that processes with empty parts refuse them too.
+        sharing: What they share with other processes. Refused here and not as an obstacle, so that
+            processes with empty parts refuse it too.
 
     Raises:
         RuntimeError: The named backend cannot run, or native code was asked for by one of its
@@ -126,12 +128,10 @@ def choose(
             reasons[name] = _native(name).refusal(device)
         else:
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
-        if reasons[name] is None and split and name not in _STEP_PARTS:
-            reasons[name] = f"the {name} backend does not step distributed tensors in this version"
     unable = {
-        name: f"the {name} backend does not step parts of what is reshaped to a matrix"
+        name: f"the {name} backend does not step {sharing.value} in this version"
         for name in _NATIVE
-        if scattered and reasons[name] is None
+        if reasons[name] is None and name not in _ABLE[sharing]
     }
     if request == "auto":
         return _choose_auto(device, reasons, unable)

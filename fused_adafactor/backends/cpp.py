@@ -45,7 +45,7 @@ from fused_adafactor.slabs import (
 )
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
@@ -76,6 +76,7 @@ class _PartialSums(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("grad_sq", "param_sq", "update_sq", "measured_sq")),
         *((name, ctypes.c_void_p) for name in ("row_var_sum", "row_sq_sum")),
+        *((name, ctypes.c_void_p) for name in ("all_row_var", "all_row_sq")),
         *((name, ctypes.c_void_p) for name in ("line_sq", "cross_sq", "weighted")),
     ]
 

@@ -43,6 +43,9 @@ class _Partials:
     # Of distributed rows: the sum of the new row_var, or of the old one where row_sq_sum is there.
     row_var_sum: Tensor | None = None  # [...]  Σ_i row_var_i
     row_sq_sum: Tensor | None = None  # [...]  Σ_ij g²
+    # Of distributed rows whose moments are rounded: of all rows, where the others are not yet.
+    all_row_var: Tensor | None = None  # [..., whole n]  old row_var_i
+    all_row_sq: Tensor | None = None  # [..., whole n]  Σ_j g²
     grad_sq: Tensor | None = None  # 0-d  Σ g² before any clipping
     update_sq: Tensor | None = None  # 0-d  Σ u², once known
     row_var: Tensor | None = None  # [..., n]  new row second moment, not yet stored
@@ -207,16 +210,30 @@ def _sum_rows(b: _Work, row_var: Tensor, row_sq: Tensor) -> None:
     """What the sum of row_var over all processes will follow from.
 
     Where a row is here as a whole, and its gradient is final, its new second moment is known now.
-    Elsewhere the sum follows from two sums, as it is linear in them; where moments are rounded
-    (``state_dtype``) it is then that of the unrounded ones.
+    Elsewhere the sum follows from two sums, as it is linear in them, or from all rows, where they
+    are rounded (``state_dtype``).
     """
     partials = _partials(b)
     clip = b.rule.grad_clip
-    if b.planned.spec.cols_over or (clip is not None and clip.kind is not GradClipKind.VALUE):
+    if b.planned.spec.rounds_all_rows:
+        partials.all_row_var = _among_all_rows(b, _read(b, row_var))
+        partials.all_row_sq = _among_all_rows(b, row_sq)
+    elif b.planned.spec.cols_over or (clip is not None and clip.kind is not GradClipKind.VALUE):
         partials.row_var_sum = _read(b, row_var).sum(dim=-1)
         partials.row_sq_sum = row_sq.sum(dim=-1)
     else:
         partials.row_var_sum = _new_factor(b, row_var, row_sq, -1).sum(dim=-1)
+
+
+def _among_all_rows(b: _Work, rows: Tensor) -> Tensor:
+    """[..., n] as [..., whole n], with zeros for the rows of other processes."""
+    spec = b.planned.spec
+    assert spec.shard is not None
+    assert spec.view is not None
+    assert spec.view.permutation is not None
+    among = rows.new_zeros(*rows.shape[:-1], spec.whole[spec.view.permutation[-2]])
+    among.narrow(-1, spec.shard.offset[spec.view.permutation[-2]], rows.shape[-1]).copy_(rows)
+    return among
 
 
 def finalize(b: _Work) -> None:
@@ -374,12 +391,21 @@ def _eps1(b: _Work) -> float:
     return b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
 
 
-def _new_factor(b: _Work, old: Tensor, sums: Tensor | None, reduced: int) -> Tensor:
+def _new_factor(
+    b: _Work, old: Tensor, sums: Tensor | None, reduced: int, part: TensorSpec | None = None
+) -> Tensor:
     """Second moment of rows (reduced = -1) or columns (-2), rounded to its dtype and read back.
 
     var_t = beta2_t var + (1 - beta2_t) (mean of g² [+ eps1] over the reduced dimension, or sum).
+
+    Args:
+        b: The tensor.
+        old: The second moment.
+        sums: Σ g² over the reduced dimension.
+        reduced: -1 or -2.
+        part: Of which part of the parameter; None for that of this process.
     """
-    spec = b.planned.spec
+    spec = b.planned.spec if part is None else part
     assert sums is not None
     assert spec.whole_view is not None
     count = spec.whole_view.matrices[reduced]
@@ -424,7 +450,13 @@ def _norm(b: _Work) -> Tensor:
     partials, view = _partials(b), b.planned.spec.whole_view
     assert partials.row_var is not None
     assert view is not None
-    if partials.row_var_sum is None:
+    if partials.all_row_sq is not None:
+        assert partials.all_row_var is not None
+        assert b.row_var is not None
+        old = partials.all_row_var.to(b.row_var.dtype)  # exact: it is what they are kept in
+        every_row = b.planned.spec.with_all_rows
+        total = _new_factor(b, old, partials.all_row_sq, -1, every_row).sum(dim=-1)
+    elif partials.row_var_sum is None:
         total = partials.row_var.sum(dim=-1)
     elif partials.row_sq_sum is None:
         total = partials.row_var_sum

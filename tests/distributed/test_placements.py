@@ -160,9 +160,43 @@ def test_second_moments_are_rounded_with_the_bits_of_a_single_process(placement:
         for p, q in zip(*map(stepping.params_of, (distributed, whole)), strict=True):
             for key, value in whole.state[q].items():
                 mine = distributed.state[p][key]
-                if isinstance(mine, DTensor):
+                if isinstance(mine, DTensor) and key != "exp_avg":
                     assert mine.dtype is torch.bfloat16
                     assert_close_part(mine, value, 0.0, key)
+
+
+@EVERY_PLACEMENT
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@on_every_rank
+def test_the_norm_is_that_of_rounded_moments(backend: str, placement: str) -> None:
+    """Also where rows are only known once sums are: split ones, or clipped by a common norm."""
+    for dialect in (HF, TORCH, OPTAX):
+        for extras in ({}, {"max_grad_norm": 0.5}, {"clipnorm": 0.5}):
+            for state_dtype in (torch.bfloat16, torch.float32):
+                whole, distributed, give = pair(
+                    dialect,
+                    placement,
+                    torch.float64,
+                    state_dtype=state_dtype,
+                    backend=backend,
+                    **extras,
+                )
+                step_both(whole, distributed, give)
+                assert_close_parts(distributed, whole, 1e-12)
+
+
+@on_every_rank
+def test_rounded_moments_of_all_rows_are_in_the_same_messages() -> None:
+    """One message for rows under a common norm, besides that for Σu²; four where both are split."""
+    for placement, most in (("rows", 2), ("rows_and_columns", 4)):
+        for state_dtype in (None, torch.bfloat16):
+            _, distributed, give = pair(
+                HF, placement, torch.float32, state_dtype=state_dtype, max_grad_norm=0.5
+            )
+            give(0)
+            with counted() as calls:
+                distributed.step()
+            assert len(calls) == most
 
 
 # --- how many messages ---------------------------------------------------------------------------

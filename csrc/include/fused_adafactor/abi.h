@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 6;
+constexpr int32_t kAbiVersion = 7;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
@@ -75,6 +75,8 @@ struct PartialSums {
   void* measured_sq;  // Σ u² too, taken before kApply
   void* row_var_sum;  // [batch]  new ones; old ones where there is row_sq_sum. Lines are rows then, as below
   void* row_sq_sum;   // [batch]
+  void* all_row_var;  // [batch, whole rows]  old ones, and zeros for the rows of other processes: instead of sums,
+  void* all_row_sq;   // [batch, whole rows]  where the new ones are rounded
   void* line_sq;      // [batch, rows]  lines are on several processes
   void* cross_sq;     // [batch, cols]
   void* weighted;     // [batch, cols]  Σ num² / line
