@@ -3,7 +3,7 @@
 A dialect turns a param group into a ``Rule``; everything below it (state, plan, engine, backends)
 reads the rule and knows no dialect. Knobs are numbered K1 to K11 as in ``docs/rule.md``. Formulas
 are those of arXiv 1804.04235, Algorithms 4 (matrices) and 5 (vectors); the function that evaluates
-them is ``backends/reference.py``.
+them is ``backends/reference``.
 """
 
 from __future__ import annotations

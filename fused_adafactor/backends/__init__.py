@@ -51,7 +51,7 @@ class Executor(Protocol):
 
 
 class Backend(Protocol):
-    """What a backend module offers; see ``backends/reference.py``, which is the specification."""
+    """What a backend module offers; see ``backends/reference``, which is the specification."""
 
     def obstacle(self, spec: TensorSpec) -> str | None:
         """Why it cannot step a tensor that has elements, or None."""
