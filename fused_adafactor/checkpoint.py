@@ -19,9 +19,10 @@ from typing_extensions import override
 from fused_adafactor import backends
 from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.counting import check_count, counter, counter_device
+from fused_adafactor.dividing import refuse_cut_blocks
 from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
-from fused_adafactor.sharding import joiner, part_of, refuse_cut_blocks, shard_of
+from fused_adafactor.sharding import joiner, part_of, shard_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
 from fused_adafactor.state import (
     StateLayout,
