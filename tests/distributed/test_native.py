@@ -78,6 +78,21 @@ def test_parts_of_several_slabs(placement: str) -> None:
         assert_close_parts(distributed, whole, 1e-12)
 
 
+@pytest.mark.parametrize("placement", ["rows", "rows_and_columns"])
+@on_every_rank
+def test_rounded_moments_of_many_rows(placement: str) -> None:
+    """More than are rounded in one go, and fewer on the last process."""
+    extras = {"state_dtype": torch.bfloat16, "max_grad_norm": 0.5}
+    for dialect in (HF, TORCH):
+        values = stepping.make_params([(2101, 9)], torch.float64)
+        whole, distributed, _ = pair(dialect, values, placement, **extras)
+        for step in range(3):
+            give(whole, distributed, step)
+            whole.step()
+            distributed.step()
+        assert_close_parts(distributed, whole, 1e-12)
+
+
 @pytest.mark.parametrize("placement", ["rows", "second", "rows_and_columns"])
 @on_every_rank
 def test_the_clamp_bites_where_it_does(placement: str) -> None:
