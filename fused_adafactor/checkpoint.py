@@ -19,11 +19,19 @@ from typing_extensions import override
 from fused_adafactor import backends
 from fused_adafactor.arguments import EXTRA_DEFAULTS, check_extras
 from fused_adafactor.counting import check_count, counter, counter_device
+from fused_adafactor.dividing import refuse_cut_blocks
 from fused_adafactor.engine import Engine
 from fused_adafactor.rule import Rule
-from fused_adafactor.sharding import joiner, part_of, refuse_blocks, shard_of
+from fused_adafactor.sharding import joiner, part_of, shard_of
 from fused_adafactor.spec import TensorId, TensorSpec, local_of, spec_of
-from fused_adafactor.state import StateLayout, adopt, check_state, entries_of, with_moment_of
+from fused_adafactor.state import (
+    StateLayout,
+    adopt,
+    check_state,
+    entries_of,
+    with_moment_of,
+    with_shapes_of,
+)
 
 
 class _Loaded(NamedTuple):
@@ -170,8 +178,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
                 if number in source["state"] and id(param) in ids:
                     own = self._param_rule(rule, ids[id(param)], param)
                     part, shard = local_of(param), shard_of(ids[id(param)], param)
-                    refuse_blocks(ids[id(param)], shard, param, own)
                     spec = spec_of(ids[id(param)], part, part, own, shard)
+                    refuse_cut_blocks(spec, own)
                     yield _Loaded(number, saved, source["state"][number], param, spec, own)
 
     def _fits(self, source: StateDict) -> bool:
@@ -182,13 +190,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer, abc.ABC):
         )
 
     def _with_moments(self, source: StateDict) -> dict[int, dict[str, Any]]:
-        """The loaded states, with first moments as their rules want them."""
+        """The loaded states, shaped as ours, with first moments as their rules want them."""
         for group in source["param_groups"]:
             check_group(group)
-        return {
-            number: with_moment_of(saved, spec, rule, self.layout)
-            for number, _, saved, _, spec, rule in self._loaded(source)
-        }
+        fitted = {}
+        for number, _, saved, _, spec, rule in self._loaded(source):
+            shaped = with_shapes_of(saved, spec, rule, self.layout)
+            fitted[number] = with_moment_of(shaped, spec, rule, self.layout)
+        return fitted
 
     def _check_loaded(self, source: StateDict) -> None:
         for _, _, saved, _, spec, rule in self._loaded(source):

@@ -44,7 +44,7 @@ from fused_adafactor.plan import (
 from fused_adafactor.rule import Nonfinite, StepCount
 from fused_adafactor.schedule import Number
 from fused_adafactor.sharding import Processes
-from fused_adafactor.spec import TensorSpec, has_memory
+from fused_adafactor.spec import Sharing, TensorSpec, has_memory
 from fused_adafactor.state import StateLayout, canonical, entries_of
 from fused_adafactor.summing import (
     Column,
@@ -203,12 +203,12 @@ class Engine:
         self.grad_sq: Tensor | None = None  # Σ g² of the last joined update, 0-d
         self._calls = 0
         self._processes = Processes()
-        self._facts: dict[tuple[torch.device, bool], Facts] = {}
+        self._facts: dict[tuple[torch.device, Sharing], Facts] = {}
         self._plans: dict[tuple[tuple[TensorSpec, ...], Facts, bool], Plan] = {}
 
     def facts(self, spec: TensorSpec) -> Facts:
         """The backend that steps a tensor."""
-        key = (spec.device, spec.is_split)
+        key = (spec.device, spec.sharing)
         if key not in self._facts:
             self._facts[key] = backends.choose(self.request, *key)
         return self._facts[key]

@@ -12,6 +12,7 @@ from enum import Enum
 from functools import cached_property
 
 from torch import Tensor
+from typing_extensions import override
 
 
 class View(str, Enum):
@@ -65,14 +66,15 @@ class MatrixView:
             return None
         return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
-    def part(self, shape: tuple[int, ...]) -> MatrixView:
+    def part(self, shape: tuple[int, ...], offset: tuple[int, ...]) -> MatrixView:
         """The same view of a part of the parameter: the same dimensions, however long they are.
 
-        Raises:
-            ValueError: The view is a reshape, of which a part is no matrix.
+        Args:
+            shape: Of the part.
+            offset: Index of its first element in the parameter.
         """
         if self.permutation is None:
-            raise ValueError("a part of a reshaped parameter is no matrix")
+            return ScatteredView(shape, self.matrices, None, self, offset)
         return MatrixView(shape, tuple(shape[d] for d in self.permutation), self.permutation)
 
     def to_matrices(self, tensor: Tensor) -> Tensor:
@@ -86,6 +88,38 @@ class MatrixView:
         if self.inverse is None:
             return tensor.reshape(self.shape)
         return tensor.permute(self.inverse)
+
+
+@dataclass(frozen=True)
+class ScatteredView(MatrixView):
+    """A part of a parameter whose view is a reshape: its elements are scattered over the matrix.
+
+    So the matrix is that of the whole parameter, ``shape`` that of the part.
+
+    Attributes:
+        whole: The view of the parameter.
+        offset: Index of the first element of the part in the parameter, by dimension.
+    """
+
+    whole: MatrixView
+    offset: tuple[int, ...]
+
+    @override
+    def to_matrices(self, tensor: Tensor) -> Tensor:
+        """The whole matrix, a copy, with zeros where other processes have their parts."""
+        whole = tensor.new_zeros(self.whole.shape)
+        self._part_of(whole).copy_(tensor)
+        return self.whole.to_matrices(whole)
+
+    @override
+    def from_matrices(self, tensor: Tensor) -> Tensor:
+        """The part of a whole matrix."""
+        return self._part_of(self.whole.from_matrices(tensor))
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        for dim, (begin, length) in enumerate(zip(self.offset, self.shape, strict=True)):
+            whole = whole.narrow(dim, begin, length)
+        return whole
 
 
 @dataclass(frozen=True)

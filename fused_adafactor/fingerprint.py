@@ -105,7 +105,8 @@ def _placements(tensors: Sequence[Tensor]) -> list[object] | None:
     """How distributed tensors are distributed; None where there is none."""
     if set(map(type, tensors)) <= _PLAIN:
         return None
-    return [getattr(tensor, "placements", None) for tensor in tensors]
+    names = ("placements", "device_mesh")
+    return [tuple(getattr(tensor, name, None) for name in names) for tensor in tensors]
 
 
 def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 A dialect turns a param group into a ``Rule``; everything below it (state, plan, engine, backends)
 reads the rule and knows no dialect. Knobs are numbered K1 to K11 as in ``docs/rule.md``. Formulas
 are those of arXiv 1804.04235, Algorithms 4 (matrices) and 5 (vectors); the function that evaluates
-them is ``backends/reference.py``.
+them is ``backends/reference``.
 """
 
 from __future__ import annotations
@@ -241,9 +241,7 @@ class Rule:
 
     def moment_dtype(self, param_dtype: torch.dtype) -> torch.dtype:
         """Dtype of the second moments of a parameter."""
-        if self.state_dtype is not None:
-            return self.state_dtype
-        return torch.float64 if param_dtype is torch.float64 else torch.float32
+        return structure_of(self).moment_dtype(param_dtype)
 
     def momentum_dtype(self, param_dtype: torch.dtype) -> torch.dtype:
         """Dtype of the first moment of a parameter; torch.int8 stands for blocks."""
@@ -291,7 +289,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Structure:
-    """The part of a rule that shapes a plan and its kernels: switches, and no numbers."""
+    """The part of a rule that shapes a plan and its kernels: switches, dtypes, and no numbers."""
 
     factored_by: str
     eps1_rule: Eps1Rule
@@ -306,6 +304,13 @@ class Structure:
     accumulates: bool
     averages: bool
     skips: bool
+    state_dtype: torch.dtype | None
+
+    def moment_dtype(self, param_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the second moments of a parameter."""
+        if self.state_dtype is not None:
+            return self.state_dtype
+        return torch.float64 if param_dtype is torch.float64 else torch.float32
 
 
 def structure_of(rule: Rule) -> Structure:
@@ -324,4 +329,5 @@ def structure_of(rule: Rule) -> Structure:
         accumulates=rule.accumulation_steps > 1,
         averages=rule.weight_average is not None,
         skips=rule.nonfinite is Nonfinite.SKIP,
+        state_dtype=rule.state_dtype,
     )

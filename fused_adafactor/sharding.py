@@ -15,8 +15,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from fused_adafactor.dividing import block_of, refuse_cut_blocks
 from fused_adafactor.rule import Rule
-from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of
+from fused_adafactor.spec import Shard, TensorId, TensorSpec, local_of, spec_of, whole_of
 from fused_adafactor.state import Entry
 from fused_adafactor.summing import Message
 
@@ -47,7 +48,7 @@ def shard_of(id: TensorId, param: Tensor) -> Shard | None:
             parts = strided if type(placement).__name__ == "_StridedShard" else split
             parts[dim].append(axis)
     over = [(*plain, *later) for plain, later in zip(split, strided, strict=True)]
-    blocks = [_block(size, axes, mesh) for size, axes in zip(whole, over, strict=True)]
+    blocks = [block_of(size, axes, mesh) for size, axes in zip(whole, over, strict=True)]
     here = tuple(end - begin for begin, end in blocks)
     found = tuple(tensor.to_local().shape)
     if here != found:
@@ -58,8 +59,9 @@ def shard_of(id: TensorId, param: Tensor) -> Shard | None:
         )
     return Shard(
         whole=whole,
+        strides=tuple(param.stride()),
         offset=tuple(begin for begin, _ in blocks),
-        split=tuple(tuple(sorted(axes)) for axes in over),
+        split=tuple(over),
         mesh=mesh,
     )
 
@@ -82,26 +84,15 @@ def described(
     """
     check_shape(id, param, rule)
     shard, part = shard_of(id, param), local_of(param)
-    refuse_blocks(id, shard, param, rule)
     if param.grad is None:
         given = (zeros_of(param), stand_in, part)
         grad = next(tensor for tensor in given if tensor is not None)
-        return spec_of(id, part, grad, rule, shard, mirror)
-    _check_grad(id, param, param.grad)
-    return spec_of(id, part, local_of(param.grad), rule, shard, mirror)
-
-
-def refuse_blocks(id: TensorId, shard: Shard | None, param: Tensor, rule: Rule) -> None:
-    """Refuse a first moment of 8 bits of a distributed parameter.
-
-    Raises:
-        TypeError: It would be one.
-    """
-    if shard is not None and rule.momentum_dtype(param.dtype) is torch.int8:
-        raise TypeError(
-            f"{id} is distributed, and blocks of momentum_dtype=torch.int8 would not be those of a "
-            "single process; use torch.bfloat16"
-        )
+    else:
+        _check_grad(id, param, param.grad)
+        grad = local_of(param.grad)
+    spec = spec_of(id, part, grad, rule, shard, mirror)
+    refuse_cut_blocks(spec, rule)
+    return spec
 
 
 _OR_UNFACTORED = "; or flat_parameters='unfactored', which keeps a second moment for each element"
@@ -215,6 +206,13 @@ def _check_grad(id: TensorId, param: Tensor, grad: Tensor) -> None:
             f"the gradient of {id} has placements {tuple(theirs)} but the parameter {tuple(ours)}; "
             "grad.redistribute(placements=param.placements) before step()"
         )
+    if ours is not None:
+        meshes = [cast(Any, tensor).device_mesh for tensor in (grad, param)]
+        if meshes[0] != meshes[1] and not torch.equal(*(mesh.mesh for mesh in meshes)):
+            raise TypeError(
+                f"the gradient of {id} is on mesh {meshes[0]} but the parameter on {meshes[1]}; "
+                "distribute both over the same processes, in the same order"
+            )
 
 
 def joiner(param: Tensor) -> Callable[[Tensor, Entry], Tensor]:
@@ -276,12 +274,12 @@ def part_of(value: Tensor, entry: Entry, spec: TensorSpec, param: Tensor) -> Ten
             and tuple(loaded.placements) == _placements(tensor, entry)
         ):
             return local_of(value)
-        value = cast(Tensor, loaded.full_tensor())
+        value = whole_of(value)
     if spec.shard is None or tuple(value.shape) != entry.shape:
         return value
     for dim, axes in enumerate(entry.split):
         if axes:
-            begin, end = _block(entry.shape[dim], axes, spec.shard.mesh)
+            begin, end = block_of(entry.shape[dim], axes, spec.shard.mesh)
             value = value.narrow(dim, begin, end - begin)
     return value
 
@@ -339,19 +337,3 @@ def _all_reduce(flat: Tensor, group: torch.distributed.ProcessGroup) -> Callable
         work.wait()
 
     return wait
-
-
-def _block(size: int, axes: Iterable[int], mesh: Any) -> tuple[int, int]:
-    """Where the part of a dimension begins and ends that this process has.
-
-    Each dimension of the mesh divides what the ones before it have left, as torch.chunk does.
-    """
-    begin, end = 0, size
-    for axis in axes:
-        coordinate = mesh.get_local_rank(axis)
-        chunk = -(-(end - begin) // mesh.size(axis))
-        begin, end = (
-            min(begin + coordinate * chunk, end),
-            min(begin + (coordinate + 1) * chunk, end),
-        )
-    return begin, end

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import cast
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from fused_adafactor.blocks import blocks_of
-from fused_adafactor.factoring import MatrixView
+from fused_adafactor.factoring import MatrixView, ScatteredView
 from fused_adafactor.rounding import Rounding
-from fused_adafactor.rule import Rule, Structure, structure_of
+from fused_adafactor.rule import GradClipKind, Rule, Structure, structure_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A matrix up to this size is tiny: its lines are its rows, however they lie. ``kMaxTiny`` in
@@ -53,18 +54,30 @@ class TensorId:
         return f"parameter {place}" if self.name is None else f"parameter {self.name!r} ({place})"
 
 
+class Sharing(Enum):
+    """What a tensor shares with other processes, which not every backend can step."""
+
+    NONE = "tensors"
+    PARTS = "distributed tensors"
+    ROUNDED = "parts whose norm follows from rounded second moments of all rows"
+    SCATTERED = "parts of what is reshaped to a matrix"
+
+
 @dataclass(frozen=True)
 class Shard:
     """Which part of a distributed parameter this process has.
 
     Attributes:
         whole: Shape of the parameter.
+        strides: Of the parameter, as it says on all processes; parts may lie otherwise.
         offset: Index of the first element of the part, by dimension; the part is one block.
-        split: By dimension, the dimensions of the mesh that it is split over.
+        split: By dimension, the dimensions of the mesh that it is split over, in the order in which
+            they divide it.
         mesh: Whose processes have the parts; compared and hashed, never asked here.
     """
 
     whole: tuple[int, ...]
+    strides: tuple[int, ...]
     offset: tuple[int, ...]
     split: tuple[tuple[int, ...], ...]
     mesh: Hashable
@@ -127,23 +140,29 @@ class TensorSpec:
     @property
     def whole_view(self) -> MatrixView | None:
         """The matrices that are factored, whole."""
-        if self.view is None or self.shard is None:
+        if self.view is None or not self.is_split:
             return self.view
-        return self.view.part(self.shard.whole)
+        if isinstance(self.view, ScatteredView):
+            return self.view.whole
+        return self.view.part(self.whole, (0,) * len(self.whole))
 
     def of_whole(self) -> TensorSpec:
-        """The whole parameter, row-major, as one process would have it."""
+        """The whole parameter, as one process would have it."""
         if self.shard is None:
             return self
-        strides = torch.empty(self.whole, device="meta").stride()
         return replace(
             self,
             shape=self.whole,
-            param_strides=strides,
-            grad_strides=strides,
+            param_strides=self.shard.strides,
+            grad_strides=self.shard.strides,
             view=self.whole_view,
             shard=None,
         )
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether it is a part of what is reshaped to a matrix, all of which each process sums."""
+        return isinstance(self.view, ScatteredView)
 
     @property
     def rows_over(self) -> tuple[int, ...]:
@@ -152,8 +171,53 @@ class TensorSpec:
 
     @property
     def cols_over(self) -> tuple[int, ...]:
-        """Dimensions of the mesh that the columns of its matrices are split over."""
+        """Dimensions of the mesh that the columns of its matrices are split over.
+
+        Of what is reshaped, rows are whole where nothing but the first dimension is split.
+        """
         return self._over(-1)
+
+    @property
+    def rounds_all_rows(self) -> bool:
+        """Whether each process rounds the new row_var of all rows, its own and the others'.
+
+        The norm of v is the mean of what is stored. Where that is rounded, and is only known once
+        sums over all processes are (of parts of rows, or the norm of all gradients), every process
+        learns those sums of all rows, and rounds them as their own processes do.
+        """
+        clips = self.structure.grad_clip in (GradClipKind.NORM, GradClipKind.GLOBAL_NORM)
+        kept = self.structure.moment_dtype(self.param_dtype)
+        return (
+            bool(self.rows_over)
+            and not self.is_scattered
+            and (clips or bool(self.cols_over))
+            and kept.itemsize < self.math_dtype.itemsize
+        )
+
+    @property
+    def with_all_rows(self) -> TensorSpec:
+        """The part that a process would have that had all rows of its matrices."""
+        assert self.shard is not None
+        assert self.view is not None
+        assert self.view.permutation is not None
+        shape, offset = list(self.shape), list(self.shard.offset)
+        row = self.view.permutation[-2]
+        shape[row], offset[row] = self.whole[row], 0
+        return replace(
+            self,
+            shape=tuple(shape),
+            view=self.view.part(tuple(shape), tuple(offset)),
+            shard=replace(self.shard, offset=tuple(offset)),
+        )
+
+    @property
+    def sharing(self) -> Sharing:
+        """What a backend must be able to do to step it."""
+        if self.is_scattered:
+            return Sharing.SCATTERED
+        if self.rounds_all_rows:
+            return Sharing.ROUNDED
+        return Sharing.PARTS if self.is_split else Sharing.NONE
 
     @property
     def has_first_row(self) -> bool:
@@ -166,8 +230,10 @@ class TensorSpec:
     def _over(self, place: int) -> tuple[int, ...]:
         if self.shard is None or self.view is None:
             return ()
-        assert self.view.permutation is not None
-        return self.shard.split[self.view.permutation[place]]
+        if self.view.permutation is None:
+            whole_rows = place == -1 and not any(self.shard.split[1:])
+            return () if whole_rows else self.shard.over
+        return tuple(sorted(self.shard.split[self.view.permutation[place]]))
 
     @property
     def numel(self) -> int:
@@ -197,12 +263,15 @@ class TensorSpec:
     def swapped(self) -> bool:
         """Whether lines are the columns of the view: they are contiguous, and its rows are not.
 
-        Never where the rows are on several processes: these have to know what is weighted by row.
+        Of a distributed parameter that is said by the whole, so that all processes agree. Never
+        where the rows are on several processes: these have to know what is weighted by row.
         """
-        if self.view is None or self.view.permutation is None or self.rows_over:
+        view = self.whole_view
+        if view is None or view.permutation is None or self.rows_over:
             return False
-        row, col = (self.param_strides[d] for d in self.view.permutation[-2:])
-        return row == 1 and col != 1 and self.view.rows * self.view.cols > TINY_ELEMENTS
+        strides = self.param_strides if self.shard is None else self.shard.strides
+        row, col = (strides[d] for d in view.permutation[-2:])
+        return row == 1 and col != 1 and view.rows * view.cols > TINY_ELEMENTS
 
     def scale_shape(self, swapped: bool) -> tuple[int, ...]:
         """Shape of the scales of blocks: [..., n, blocks of a row], or one for each block of all.
@@ -258,8 +327,8 @@ def spec_of(
         RuntimeError: Sparse or complex (torch.optim.Adafactor's texts), on different devices, or
             overlapping memory.
         TypeError: A dtype that is not one of ``DTYPES``.
-        ValueError: Shapes differ, a rounding that the dtype does not have, a part of a parameter
-            that is factored by a reshape, or a mirror that is not laid out as ``state_strides``.
+        ValueError: Shapes differ, a rounding that the dtype does not have, or a mirror that is not
+            laid out as ``state_strides``.
     """
     check_kinds(id, param, grad)
     _check_pair(id, param, grad)
@@ -275,7 +344,7 @@ def spec_of(
         grad_dtype=grad.dtype,
         math_dtype=torch.float64 if double else torch.float32,
         device=param.device,
-        view=_view_of(id, shape, rule, shard),
+        view=_view_of(shape, rule, shard),
         structure=structure_of(rule),
         shard=shard,
         mirror_dtype=None if mirror is None else mirror.dtype,
@@ -285,22 +354,12 @@ def spec_of(
     return spec
 
 
-def _view_of(
-    id: TensorId, shape: tuple[int, ...], rule: Rule, shard: Shard | None
-) -> MatrixView | None:
+def _view_of(shape: tuple[int, ...], rule: Rule, shard: Shard | None) -> MatrixView | None:
     """What is factored is decided by the whole parameter."""
-    if shard is None:
-        return rule.factoring.view_of(shape)
-    whole = rule.factoring.view_of(shard.whole)
-    if whole is None:
-        return None
-    if whole.permutation is None:
-        raise ValueError(
-            f"{id} of shape {shard.whole} is distributed, and this optimizer factors it as a "
-            f"matrix of shape {whole.matrices}, whose rows and columns its parts do not have. Use "
-            "enable_factorization=False for it, or another dialect"
-        )
-    return whole.part(shape)
+    whole = rule.factoring.view_of(shape if shard is None else shard.whole)
+    if whole is None or shard is None or not shard.over:
+        return whole
+    return whole.part(shape, shard.offset)
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -314,6 +373,12 @@ def local_of(tensor: Tensor) -> Tensor:
     part = to_local()
     wait = getattr(part, "wait", None)  # of torch's AsyncCollectiveTensor
     return cast(Tensor, part if wait is None else wait())
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a tensor: what is distributed is gathered, by all processes."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else cast(Tensor, full_tensor())
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from fused_adafactor.blocks import dequantise, quantise
 from fused_adafactor.counting import check_count, counter, counter_dtype
 from fused_adafactor.factoring import MatrixView
 from fused_adafactor.rule import Rule, StepCount
-from fused_adafactor.spec import TensorSpec, local_of
+from fused_adafactor.spec import TensorSpec, local_of, whole_of
 
 _T = TypeVar("_T")
 
@@ -119,9 +119,8 @@ def _moments_of(spec: TensorSpec, rule: Rule, layout: StateLayout) -> dict[str, 
     if rule.momentum is not None:
         dtype = rule.momentum_dtype(spec.param_dtype)
         entries["exp_avg"] = _matrices(spec, dtype)
-        if dtype is torch.int8:  # never of a distributed parameter
-            shape = spec.scale_shape(spec.swapped)
-            entries["exp_avg_scale"] = Entry(shape, torch.uint8, shape, ((),) * len(shape))
+        if dtype is torch.int8:
+            entries["exp_avg_scale"] = _scales(spec)
     return entries
 
 
@@ -135,10 +134,26 @@ def _full(spec: TensorSpec, dtype: torch.dtype) -> Entry:
 
 
 def _matrices(spec: TensorSpec, dtype: torch.dtype) -> Entry:
-    """An entry of the parameter's shape, or of the matrix that it is reshaped to."""
-    if spec.view is None or spec.view.permutation is not None:
+    """An entry of the parameter's shape, or of the matrix that it is reshaped to.
+
+    Of a distributed parameter it always has the parameter's, of which there are parts.
+    """
+    if spec.view is None or spec.view.permutation is not None or spec.shard is not None:
         return _full(spec, dtype)
     return Entry(spec.view.matrices, dtype, spec.view.matrices, ((), ()))
+
+
+def _scales(spec: TensorSpec) -> Entry:
+    """Scales of blocks, of which parts have their own: no part cuts a block."""
+    split = _split_of(spec)
+    if spec.view is None:
+        split = (next((axes for axes in split if axes), ()),)
+    elif spec.view.permutation is None:
+        split = ((), ())
+    else:
+        split = tuple(split[dim] for dim in spec.view.permutation)
+    whole, part = (each.scale_shape(spec.swapped) for each in (spec.of_whole(), spec))
+    return Entry(whole, torch.uint8, part, split)
 
 
 def _factor(spec: TensorSpec, name: str, dtype: torch.dtype, keepdim: bool) -> Entry:
@@ -334,6 +349,28 @@ def adopt(value: Any, name: str, entry: Entry, spec: TensorSpec, layout: StateLa
     return _empty(spec, name, entry).copy_(tensor.detach())
 
 
+def with_shapes_of(
+    state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout
+) -> dict[str, Any]:
+    """A loaded state with what is full-size in the shape in which this process keeps it.
+
+    Of a parameter that is reshaped to a matrix that is the parameter's shape where it is
+    distributed, and the matrix' where it is not. Everything else passes as it is.
+    """
+    view = spec.whole_view
+    if view is None or view.permutation is not None:
+        return state
+    entries = entries_of(spec, rule, layout)
+    shaped = {}
+    for name in ("exp_avg", "var_max"):
+        value = state.get(layout.key(name))
+        if name in entries and isinstance(value, Tensor):
+            shape, wanted = tuple(value.shape), entries[name].shape
+            if shape != wanted and shape in (view.shape, view.matrices):
+                shaped[layout.key(name)] = whole_of(value).reshape(wanted)
+    return {**state, **shaped}
+
+
 def with_moment_of(
     state: dict[str, Any], spec: TensorSpec, rule: Rule, layout: StateLayout
 ) -> dict[str, Any]:
@@ -343,8 +380,8 @@ def with_moment_of(
     lie along rows where this parameter's lie along columns, or the other way round, are rounded
     once more. Everything else passes as it is, also what does not fit: ``check_state`` names it.
     """
-    spec = spec.of_whole()  # as it is saved; parts are taken of the result
     entry = entries_of(spec, rule, layout).get("exp_avg")
+    spec = spec.of_whole()  # as it is saved; parts are taken of the result
     value, scale = state.get(layout.exp_avg), state.get(layout.exp_avg_scale)
     if entry is None or not isinstance(value, Tensor) or tuple(value.shape) != entry.shape:
         return state
@@ -353,15 +390,16 @@ def with_moment_of(
         if not lying or (entry.dtype is torch.int8 and spec.swapped in lying):
             return state
         (swapped, *_) = lying
-        lines = _lines_of(value, spec, swapped)
+        lines, scale = _lines_of(whole_of(value), spec, swapped), whole_of(scale)
         value = dequantise(lines, scale.mT if swapped else scale, spec.math_dtype)
-        value = _from_lines(value, spec, swapped)
+        value = _from_lines(value, spec, swapped).reshape(entry.shape)
     elif entry.dtype is not torch.int8 or not value.is_floating_point():
         return state
     loaded = {key: kept for key, kept in state.items() if key != layout.exp_avg_scale}
     if entry.dtype is torch.int8:
-        value, scale = quantise(_lines_of(value.to(spec.math_dtype), spec, spec.swapped))
-        value = _from_lines(value, spec, spec.swapped)
+        value = whole_of(value).to(spec.math_dtype)
+        value, scale = quantise(_lines_of(value, spec, spec.swapped))
+        value = _from_lines(value, spec, spec.swapped).reshape(entry.shape)
         loaded[layout.exp_avg_scale] = scale.mT if spec.swapped else scale
     return {**loaded, layout.exp_avg: value}
 
@@ -387,7 +425,7 @@ def _is_kind_of(dtype: torch.dtype, wanted: torch.dtype) -> bool:
 def _empty(spec: TensorSpec, name: str, entry: Entry) -> Tensor:
     """Memory for an entry: scales line by line, what is full-size as the spec says."""
     if name == "exp_avg_scale" and spec.swapped:
-        *batch, blocks, lines = entry.shape
+        *batch, blocks, lines = entry.part
         return torch.empty((*batch, lines, blocks), dtype=entry.dtype, device=spec.device).mT
     if entry.part == spec.shape and name != "exp_avg_scale":
         return torch.empty_strided(

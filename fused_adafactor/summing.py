@@ -26,6 +26,8 @@ _NAMES = (
     "update_sq",  # Σ u²
     "row_var_sum",  # [...]  Σ_i row_var_i: new ones, or the old ones where there is row_sq_sum
     "row_sq_sum",  # [...]  Σ_ij g²
+    "all_row_var",  # [..., whole n]  old row_var_i, of all rows; each process has zeros for others'
+    "all_row_sq",  # [..., whole n]  Σ_j g², likewise
     "row_sq",  # [..., n]  Σ_j g²
     "col_sq",  # [..., m]  Σ_i g²
     "col_weighted",  # [..., m]  Σ_i num² / row_var_i
@@ -66,29 +68,45 @@ def after_stats(planned: PlannedTensor) -> list[PartialSum]:
     """The sums of a tensor that are to be taken once ``STATS`` has run.
 
     Where rows are whole, two sweeps need no more. A row that is split has to be summed up before
-    anything can follow from it.
+    anything can follow from it. Of what is reshaped every process learns all rows and columns.
     """
     spec, structure = planned.spec, planned.spec.structure
     if not spec.is_split:
         return []
     assert spec.shard is not None
-    every, rows, cols = spec.shard.over, spec.rows_over, spec.cols_over
+    every = spec.shard.over
     sums = [PartialSum("present", (), every), PartialSum("grad_sq", (), every)]
     if structure.param_rms:
         sums.append(PartialSum("param_sq", (), every))
     knows_update = structure.update_clip and planned.sweeps == 2
-    if knows_update and not rows:
+    if knows_update and not spec.rows_over:
         sums.append(PartialSum("update_sq", (), every))
-    if spec.view is None:
-        return sums
+    if spec.view is not None:
+        sums += _of_matrices(planned, knows_update)
+    return sums
+
+
+def _of_matrices(planned: PlannedTensor, knows_update: bool) -> list[PartialSum]:
+    """What rows, columns and the norm of v follow from."""
+    spec = planned.spec
+    assert spec.view is not None
+    assert spec.whole_view is not None
+    rows, cols = spec.rows_over, spec.cols_over
+    both = tuple(sorted((*rows, *cols)))
     *batch, n, m = spec.view.matrices
-    if rows:
+    sums = []
+    if spec.rounds_all_rows:
+        every_row = (*batch, spec.whole_view.rows)
+        sums.append(PartialSum("all_row_var", every_row, rows))
+        sums.append(PartialSum("all_row_sq", every_row, both))
+    elif rows and not spec.is_scattered:
         sums.append(PartialSum("row_var_sum", (*batch,), rows))
         if cols or clips_by_norm(planned):
-            sums.append(PartialSum("row_sq_sum", (*batch,), tuple(sorted((*rows, *cols)))))
+            sums.append(PartialSum("row_sq_sum", (*batch,), both))
+    if rows:
         sums.append(PartialSum("col_sq", (*batch, m), rows))
-    if cols:
-        sums.append(PartialSum("row_sq", (*batch, n), cols))
+    if cols or spec.is_scattered:
+        sums.append(PartialSum("row_sq", (*batch, n), cols or rows))
     if knows_update and rows:
         sums.append(PartialSum("col_weighted", (*batch, m), rows))
     return sums

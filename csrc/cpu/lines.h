@@ -139,16 +139,17 @@ inline void sum_plain_vector(const Tensor& t, const Rule& r, Lines elements, dou
   }
 }
 
-// New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each.
+// New second moments, `count` of them from number `first` on, from their sums of g² over `reduced` elements each. The
+// old ones are in `var`.
 template <class M>
-void new_moments(const Tensor& t, const Rule& r, Stream stream, const void* var, int64_t first, int64_t count,
-                 int64_t reduced, M* sums) {
+void new_moments(const Tensor& t, const Rule& r, Stream stream, const void* var, int32_t var_dtype, int64_t first,
+                 int64_t count, int64_t reduced, M* sums) {
   const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
   const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
   for (int64_t i = 0; i < count; i += kChunk) {
     M old[kChunk];
     const int64_t n = least(kChunk, count - i);
-    convert_from(old, var, t.moment_dtype, first + i, 1, n);
+    convert_from(old, var, var_dtype, first + i, 1, n);
     for (int64_t j = 0; j < n; ++j) sums[i + j] = new_moment(old[j], (sums[i + j] + added) * by, beta2, rest);
   }
   round_moments(t, r, stream, first, count, sums);
@@ -174,7 +175,7 @@ struct LineSums {
 // The sums of g² of some lines become their second moments, unless it is too early for that; returns them inverted.
 template <class M>
 void set_lines(const Tensor& t, const Rule& r, const LineSums<M>& s, int64_t line, int64_t count, M* sums, M* inverse) {
-  if (!s.raw) new_moments(t, r, stream_of_lines(t), t.line_var, line, count, t.cols, sums);
+  if (!s.raw) new_moments(t, r, stream_of_lines(t), t.line_var, t.moment_dtype, line, count, t.cols, sums);
   for (int64_t l = 0; l < count; ++l) inverse[l] = inverse_of(sums[l]);
 }
 

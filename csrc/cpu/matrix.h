@@ -59,10 +59,29 @@ Clamp clamp_of(const Tensor& t, const Rule& r, Matrix<M>& m) {
 // Whether lines are kept as sums of g² until kFinalize: clipping is not known yet, or not all of their elements are here.
 inline bool lines_are_raw(const Tensor& t, const Rule& r) { return r.norm_clipped || t.partial.line_sq != nullptr; }
 
-// Σ row_var of a matrix whose rows are on several processes: it was summed up, or follows from two sums, in which it is
-// linear.
+inline bool rows_are_split(const Tensor& t) {
+  return t.partial.row_var_sum != nullptr || t.partial.all_row_sq != nullptr;
+}
+
+// Σ row_var of a matrix, of rows that are rounded here as they are where they are kept.
+template <class M>
+double sum_of_all_rows(const Tensor& t, const Rule& r, int64_t number) {
+  Tensor all = t;
+  all.rows = t.whole.rows;
+  all.whole.first_row = 0;
+  const int64_t first = number * all.rows;
+  M* const rows = static_cast<M*>(t.partial.all_row_sq) + first;  // its own: nothing else follows from these sums
+  const M square = M(t.grad_factor) * M(t.grad_factor);
+  for (int64_t l = 0; l < all.rows; ++l) rows[l] *= square;
+  new_moments(all, r, stream_of_lines(t), t.partial.all_row_var, DtypeOf<M>::value, first, all.rows, t.whole.cols, rows);
+  return total_of(rows, all.rows);
+}
+
+// Σ row_var of a matrix whose rows are on several processes: it was summed up, follows from two sums, in which it is
+// linear, or from all rows.
 template <class M>
 double sum_of_split_rows(const Tensor& t, const Rule& r, int64_t number) {
+  if (t.partial.all_row_sq != nullptr) return sum_of_all_rows<M>(t, r, number);
   const double sum = static_cast<const M*>(t.partial.row_var_sum)[number];
   if (t.partial.row_sq_sum == nullptr) return sum;
   double grad_sq = static_cast<const M*>(t.partial.row_sq_sum)[number] * t.grad_factor * t.grad_factor;
@@ -80,14 +99,14 @@ double finalize_matrix(const Tensor& t, const Rule& r, Matrix<M>& m) {
   if (raw) {
     for (int64_t l = 0; l < t.rows; ++l) m.line[l] *= square;
     for (int64_t j = 0; j < t.cols; ++j) m.cross[j] *= square;
-    new_moments(t, r, stream_of_lines(t), t.line_var, m.first, t.rows, t.whole.cols, m.line);
+    new_moments(t, r, stream_of_lines(t), t.line_var, t.moment_dtype, m.first, t.rows, t.whole.cols, m.line);
   }
   const double grad_sq = t.partial.cross_sq != nullptr ? double(*m.grad_sq) : total_of(m.cross, t.cols);
-  new_moments(t, r, stream_across(t), t.cross_var, first, t.cols, t.whole.rows, m.cross);
+  new_moments(t, r, stream_across(t), t.cross_var, t.moment_dtype, first, t.cols, t.whole.rows, m.cross);
   const M* row = t.swapped ? m.cross : m.line;
   const int64_t rows = t.swapped ? t.cols : t.rows;
   const double total =
-      t.partial.row_var_sum != nullptr ? sum_of_split_rows<M>(t, r, m.number) : total_of(row, rows);
+      rows_are_split(t) ? sum_of_split_rows<M>(t, r, m.number) : total_of(row, rows);
   M norm = M(r.sums ? total : total / double(t.swapped ? t.whole.cols : t.whole.rows));
   if (r.eps1_rule == kEps1Clamp && norm < M(r.eps1)) norm = M(r.eps1);
   *m.norm = norm;

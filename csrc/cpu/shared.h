@@ -36,6 +36,13 @@ void zero_sums(const Tensor& t, const Sums<M>& sums, int64_t slab) {
   zero(m.factor, t.cols);
 }
 
+// The rows of a matrix that are here, from number `first` of `from` on, and zeros for those of other processes.
+template <class M>
+void put_among_all(const Tensor& t, const void* from, int32_t dtype, int64_t first, M* to) {
+  zero(to, t.whole.rows);
+  convert_from(to + t.whole.first_row, from, dtype, first, 1, t.rows);
+}
+
 // What is here of the sums of a matrix.
 template <class M>
 void share_matrix(const Tensor& t, const Rule& r, const Matrix<M>& m) {
@@ -44,6 +51,10 @@ void share_matrix(const Tensor& t, const Rule& r, const Matrix<M>& m) {
   put_all(sums.line_sq, m.number, m.line, t.rows);
   put_all(sums.cross_sq, m.number, m.cross, t.cols);
   put_all(sums.weighted, m.number, m.factor, t.cols);
+  if (sums.all_row_sq != nullptr) {
+    put_among_all(t, m.line, DtypeOf<M>::value, 0, static_cast<M*>(sums.all_row_sq) + m.number * t.whole.rows);
+    put_among_all(t, t.line_var, t.moment_dtype, m.first, static_cast<M*>(sums.all_row_var) + m.number * t.whole.rows);
+  }
   if (sums.row_var_sum == nullptr) return;
   double row_var_sum = total_of(m.line, t.rows);
   if (sums.row_sq_sum != nullptr) {

@@ -16,7 +16,7 @@ import torch
 from fused_adafactor.binding import Binding, Exchange
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Facts, Phase
-from fused_adafactor.spec import TensorSpec
+from fused_adafactor.spec import Sharing, TensorSpec
 
 ENVIRONMENT = "FUSED_ADAFACTOR_BACKEND"
 NAMES = ("reference", "cpp", "triton", "cuda")
@@ -24,8 +24,13 @@ REQUESTS = ("auto", *NAMES)
 
 # Those that need more than torch, best first.
 _NATIVE = ("triton", "cuda", "cpp")
-# Those of them that step parts of parameters that are split over processes.
-_STEP_PARTS = ("cpp",)
+# Those of them that step what is shared with other processes.
+_ABLE = {
+    Sharing.NONE: _NATIVE,
+    Sharing.PARTS: ("cpp",),
+    Sharing.ROUNDED: ("cpp",),
+    Sharing.SCATTERED: (),
+}
 _warned: set[str] = set()  # reasons that have been told
 
 
@@ -46,7 +51,7 @@ class Executor(Protocol):
 
 
 class Backend(Protocol):
-    """What a backend module offers; see ``backends/reference.py``, which is the specification."""
+    """What a backend module offers; see ``backends/reference``, which is the specification."""
 
     def obstacle(self, spec: TensorSpec) -> str | None:
         """Why it cannot step a tensor that has elements, or None."""
@@ -102,13 +107,14 @@ def availability() -> dict[str, str | None]:
     return {**dict.fromkeys(NAMES), **{n: _native(n).missing() for n in _NATIVE}}
 
 
-def choose(request: str, device: torch.device, split: bool = False) -> Facts:
+def choose(request: str, device: torch.device, sharing: Sharing = Sharing.NONE) -> Facts:
     """Choose the backend for tensors on a device.
 
     Args:
         request: From ``parse_request``. A named backend is used or refused, never replaced.
         device: Where the tensors are.
-        split: Whether other processes have other parts of them.
+        sharing: What they share with other processes. Refused here and not as an obstacle, so that
+            processes with empty parts refuse it too.
 
     Raises:
         RuntimeError: The named backend cannot run, or native code was asked for by one of its
@@ -122,11 +128,14 @@ def choose(request: str, device: torch.device, split: bool = False) -> Facts:
             reasons[name] = _native(name).refusal(device)
         else:
             reasons[name] = f"the {name} backend does not step tensors on {device.type}"
-        if reasons[name] is None and split and name not in _STEP_PARTS:
-            reasons[name] = f"the {name} backend does not step distributed tensors in this version"
+    unable = {
+        name: f"the {name} backend does not step {sharing.value} in this version"
+        for name in _NATIVE
+        if reasons[name] is None and name not in _ABLE[sharing]
+    }
     if request == "auto":
-        return _choose_auto(device, reasons)
-    missing = reasons[request]
+        return _choose_auto(device, reasons, unable)
+    missing = reasons[request] or unable.get(request)
     if missing is not None:
         raise RuntimeError(
             f"backend={request!r} was asked for, but {missing}. Use backend='auto', or see "
@@ -135,19 +144,24 @@ def choose(request: str, device: torch.device, split: bool = False) -> Facts:
     return Facts(request, two_sweep=request != "reference", why="asked for")
 
 
-def _choose_auto(device: torch.device, reasons: dict[str, str | None]) -> Facts:
-    """The fastest backend that can run, else the reference with the reasons why it is not."""
+def _choose_auto(
+    device: torch.device, reasons: dict[str, str | None], unable: dict[str, str]
+) -> Facts:
+    """The fastest backend that can run, else the reference with the reasons why it is not.
+
+    One that is only unable to step these tensors may be asked for by a variable: others can be.
+    """
     wishes = []
     for name in _NATIVE:
         native = _native(name)
-        if not native.steps_on(device):
+        if not native.steps_on(device) or name in unable:
             continue
         if reasons[name] is None:
             return Facts(name, two_sweep=True, why=f"auto on {device.type}: {native.describe()}")
         wishes += [(v, name) for v in native.ENVIRONMENTS if os.environ.get(v)]
     for variable, name in wishes:
         raise RuntimeError(f"{variable} asks for the {name} backend, but {reasons[name]}")
-    others = "; ".join(reason for reason in reasons.values() if reason is not None)
+    others = "; ".join(reason for reason in {**reasons, **unable}.values() if reason is not None)
     if device.type == "cuda":
         _warn_of_reference(device, others)
     return Facts("reference", two_sweep=False, why=f"auto on {device.type}: {others}")

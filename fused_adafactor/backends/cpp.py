@@ -78,6 +78,7 @@ class _PartialSums(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("grad_sq", "param_sq", "update_sq", "measured_sq")),
         *((name, ctypes.c_void_p) for name in ("row_var_sum", "row_sq_sum")),
+        *((name, ctypes.c_void_p) for name in ("all_row_var", "all_row_sq")),
         *((name, ctypes.c_void_p) for name in ("line_sq", "cross_sq", "weighted")),
     ]
 

@@ -60,7 +60,8 @@ class AdaFactor(AdafactorBase):
     State, by the peer's keys:
         step 0-d; exp_avg_sq_R [1, m] and exp_avg_sq_C [n, 1], column and row sums; exp_avg_sq, in
         full shape, where v is not factored; exp_avg, and exp_avg_sq_hat for ams_grad, in the shape
-        of the matrix. Functions stay with the optimizer and are not part of its state dict.
+        of the matrix, or in that of the parameter where that is distributed. Functions stay with
+        the optimizer and are not part of its state dict.
 
     Raises:
         TypeError: A hyperparameter is no number.

@@ -75,6 +75,8 @@ struct PartialSums {
   void* measured_sq;  // Σ u² too, taken before kApply
   void* row_var_sum;  // [batch]  new ones; old ones where there is row_sq_sum. Lines are rows then, as below
   void* row_sq_sum;   // [batch]
+  void* all_row_var;  // [batch, whole rows]  old ones, and zeros for the rows of other processes: instead of sums,
+  void* all_row_sq;   // [batch, whole rows]  where the new ones are rounded
   void* line_sq;      // [batch, rows]  lines are on several processes
   void* cross_sq;     // [batch, cols]
   void* weighted;     // [batch, cols]  Σ num² / line

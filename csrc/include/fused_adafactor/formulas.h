@@ -1,5 +1,5 @@
 // The formulas of the rule, on single numbers: no loads, no loops, no headers of torch. Shared by the CPU and the CUDA
-// kernels; the names are those of fused_adafactor/backends/reference.py, which is the specification.
+// kernels; the names are those of fused_adafactor/backends/reference, which is the specification.
 
 #ifndef FUSED_ADAFACTOR_FORMULAS_H
 #define FUSED_ADAFACTOR_FORMULAS_H

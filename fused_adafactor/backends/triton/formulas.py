@@ -1,6 +1,6 @@
 """The formulas of the rule on tiles: no loads, no loops. As in ``csrc/include``, in Triton's words.
 
-Names are those of ``backends/reference.py``, which is the specification. Products that are added
+Names are those of ``backends/reference``, which is the specification. Products that are added
 are fused where it says so and nowhere else (kernels are compiled without contraction), so that a
 formula gives the same bits wherever it is used.
 """
