@@ -17,7 +17,7 @@ from fused_adafactor.binding import Cohort
 from fused_adafactor.checkpoint import CheckpointedOptimizer, check_group
 from fused_adafactor.counting import Clock, counter_device, next_call, number_of
 from fused_adafactor.engine import Prepared, Task
-from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
+from fused_adafactor.fingerprint import Concern, Fingerprint, fingerprint_of, gradients_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
@@ -157,8 +157,9 @@ class PreparingOptimizer(CheckpointedOptimizer):
         """
         if known is None:
             return None
-        found = self._fingerprint(rules, some)
-        if found is None or not known.fingerprint.matches(found[0]):
+        concern = self._concern(rules, some)
+        grads = gradients_of(concern.params)
+        if not known.fingerprint.matches(concern, grads):
             return None
         own_rules = self._own_rules(known.group_rules, known.ids, known.params)
         if own_rules != known.own_rules:
@@ -167,23 +168,21 @@ class PreparingOptimizer(CheckpointedOptimizer):
         if any(call is None for call in calls):
             return None
         self._evaluate(known.prepared.cohorts, known.groups, cast("list[Number]", calls))
-        return known.prepared, found[1]
+        return known.prepared, grads.parts
 
-    def _fingerprint(
-        self, rules: Mapping[int, Rule], some: Sequence[Placed] | None
-    ) -> tuple[Fingerprint, list[Tensor]] | None:
-        """What a step depends on, and the gradients; see ``fingerprint_of``."""
+    def _concern(self, rules: Mapping[int, Rule], some: Sequence[Placed] | None) -> Concern:
+        """What a step depends on."""
         if some is None:
             groups: Sequence[Mapping[str, Any]] = self.param_groups
             params = list(chain.from_iterable(group["params"] for group in groups))
             places: list[Any] = [(len(g["params"]), list(g.get("param_names", ()))) for g in groups]
             mirrors = list(self._mirrors.values())
-            return fingerprint_of(params, places, groups, list(rules.values()), self.state, mirrors)
+            return Concern(params, places, groups, list(rules.values()), self.state, mirrors)
         groups = [self.param_groups[number] for number in rules]
         _, params, places = map(list, zip(*some, strict=True))
         state = {param: self.state[param] for param in params if param in self.state}
         mirrors = [self._mirrors[param] for param in params if param in self._mirrors]
-        return fingerprint_of(params, places, groups, list(rules.values()), state, mirrors)
+        return Concern(params, places, groups, list(rules.values()), state, mirrors)
 
     def _own_rules(
         self, group_rules: list[Rule], ids: list[TensorId], params: list[Tensor]
@@ -281,17 +280,17 @@ class PreparingOptimizer(CheckpointedOptimizer):
             clocks=clocks,
             is_partial=some is not None,
         )
-        given = [draft.param.grad for draft in drafts if draft.param.grad is not None]
-        grads = list(map(local_of, given))
-        found = self._fingerprint(rules, some)
-        if found is None:
-            return (prepared, grads), None
+        concern = self._concern(rules, some)
+        found = gradients_of(concern.params)
+        fingerprint = fingerprint_of(concern, found)
+        if fingerprint is None:
+            return (prepared, found.parts), None
         placed = list(self._ids() if some is None else some)
         params, ids = [param for _, param, _ in placed], [id for *_, id in placed]
         group_rules = [rules[id.group] for id in ids]
         own_rules = self._own_rules(group_rules, ids, params)
-        known = Known(prepared, found[0], groups, ids, params, group_rules, own_rules)
-        return (prepared, grads), known
+        known = Known(prepared, fingerprint, groups, ids, params, group_rules, own_rules)
+        return (prepared, found.parts), known
 
     def _evaluate(
         self, cohorts: Sequence[Cohort], groups: Sequence[int], calls: Sequence[Number]

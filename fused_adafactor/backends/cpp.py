@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_adafactor import building
 from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
 from fused_adafactor.fields import DTYPES
 from fused_adafactor.metrics import Outcome
+from fused_adafactor.native import LIBRARY_ENVIRONMENT, library_path, load_library
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import (
@@ -45,9 +45,7 @@ from fused_adafactor.slabs import (
 )
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 6
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
-LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _MAX_DIMS = 8
@@ -133,7 +131,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: It was built for another version of this package.
         ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
     """
-    native = building.load_library(_library_path(), "fused_adafactor_abi_version", ABI_VERSION)
+    native = load_library()
     native.fused_adafactor_run.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64),  # items
         *(ctypes.c_void_p, ctypes.c_int64),  # tensors
@@ -150,11 +148,6 @@ def library() -> ctypes.CDLL:
                 f"got {wanted!r}"
             )
     return native
-
-
-def _library_path() -> Path:
-    named = os.environ.get(LIBRARY_ENVIRONMENT)
-    return Path(named) if named else building.find_library("cpp")
 
 
 def missing() -> str | None:
@@ -187,7 +180,7 @@ def refusal(device: torch.device) -> str | None:
 def facts() -> dict[str, str | int]:
     """The library, the instruction set that it uses, and the threads that a step takes."""
     return {
-        "library": _library_path().name,
+        "library": library_path().name,
         "isa": ISAS[library().fused_adafactor_isa()],
         "threads": torch.get_num_threads(),
     }
