@@ -77,7 +77,7 @@ _BOXES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 class Cells:
-    """0-d tensors of one device that are read and counted up all at once.
+    """0-d tensors of one device that are read, counted up and written all at once.
 
     On the host that is done in their memory: torch takes longer to add 1 to a number than the step
     of a small tensor takes. So they must stay where they are for as long as this is used.
@@ -90,6 +90,8 @@ class Cells:
         """Find their memory."""
         self.tensors = list(tensors)
         self._boxes: list[Any] | None = None
+        self._row: Tensor | None = None
+        self._views: list[Tensor] = []
         if all(map(_is_plain, tensors)):
             self._boxes = [_BOXES[t.dtype].from_address(t.data_ptr()) for t in tensors]
 
@@ -109,6 +111,18 @@ class Cells:
             ahead = map(add, self.read(), repeat(1.0))
             deque(map(setattr, self._boxes, repeat("value"), ahead), maxlen=0)
             torch.autograd.graph.increment_version(self.tensors)
+
+    def write(self, values: Tensor) -> None:
+        """Set them to a vector, without asking a device."""
+        if self._boxes is not None and values.device.type == "cpu":
+            deque(map(setattr, self._boxes, repeat("value"), values.tolist()), maxlen=0)
+            torch.autograd.graph.increment_version(self.tensors)
+            return
+        if self._row is None:  # a view of an element takes longer to make than to copy
+            self._row = torch.empty_like(values)
+            self._views = list(self._row.unbind())
+        self._row.copy_(values)
+        torch._foreach_copy_(self.tensors, self._views)
 
 
 class Clock:

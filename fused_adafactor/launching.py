@@ -218,6 +218,7 @@ class Executor:
         rules = self._rules(bindings)
         geometries = [geometry_of(b.planned.spec, launcher.tuning.cut) for b in bindings]
         self.traits = [traits_of(b, g) for b, g in zip(bindings, geometries, strict=True)]
+        self.draws = any(traits.draws for traits in self.traits)
         pieces = [self._pieces_of(g, t) for g, t in zip(geometries, self.traits, strict=True)]
         self.groups = self._groups(bindings, pieces)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
@@ -491,7 +492,7 @@ class Executor:
                 for number in numbers_row(cohort, eps1, self.math_dtype, idle)
             ]
         )
-        if any(traits.draws for traits in self.traits):
+        if self.draws:
             self.integers.send_mixed(
                 [x for cohort, _ in self.cohorts for x in integers_row(cohort)]
             )

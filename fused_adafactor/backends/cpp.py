@@ -301,9 +301,10 @@ class _Executor:
         """Hand items to the library; ``idle`` where the tensors have no gradients."""
         self._send_numbers(idle)
         grads = self._laid_out(exchange.grads)
-        addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
-        if grads and 0 in addresses and any(g.numel() and not g.data_ptr() for g in grads):
+        pointers = list(map(Tensor.data_ptr, grads)) or [0] * len(self.params)
+        if grads and not all(pointers) and any(g.numel() and not g.data_ptr() for g in grads):
             raise RuntimeError("a gradient has no memory: its storage was freed")
+        addresses = array("Q", pointers)
         factor, skip = exchange.grad_factor, exchange.skip
         if factor is not None:
             factor = factor.to(torch.float64).contiguous()
