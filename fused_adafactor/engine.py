@@ -70,6 +70,7 @@ class Task:
         state: Its state, complete.
         mirror: Its mirror, or None.
         counter: The step counter that it follows; advanced when the call is done.
+        count: Which counter of its cohort that is, see ``Cohort.counts``.
         zeros: What stands for a gradient that is missing here, but maybe not on other processes.
     """
 
@@ -79,6 +80,7 @@ class Task:
     param: Tensor
     state: dict[str, Any]
     counter: Tensor
+    count: int
     mirror: Tensor | None
     zeros: Tensor | None = None
 
@@ -472,6 +474,7 @@ class Engine:
         return Binding(
             planned=planned,
             cohort=task.cohort,
+            count=task.count,
             param=task.param,
             row_var=entry("row_var"),
             col_var=entry("col_var"),

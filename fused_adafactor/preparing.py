@@ -11,6 +11,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from fused_adafactor.binding import Cohort
@@ -231,38 +232,40 @@ class PreparingOptimizer(CheckpointedOptimizer):
             The step, and what to remember of it if it can be recalled at all.
         """
         groups: list[int] = []
-        calls: list[Number] = []
-        members: dict[Any, tuple[Cohort, list[Draft]]] = {}
+        # Of each cohort, and the numbers of the call by its counters.
+        members: dict[Any, tuple[Cohort, list[Draft], dict[int, Number]]] = {}
         equal: dict[Rule, Rule] = {}
         for draft in drafts:
             group, spec, rule, has_grad, param, _ = draft
             counted = self._counter(group, rule, param)
             call = next_call(group, counted, param)
-            # What a device counts is not known here: the counter itself stands for it.
-            step = id(param if counted is None else counted) if isinstance(call, Tensor) else call
+            # What a device counts is not known here, so what follows from it is a vector.
+            step = call.device if isinstance(call, Tensor) else call
             rule = equal.setdefault(rule, rule)
-            key = (spec.id.group, id(rule), spec.device, has_grad, isinstance(call, Tensor), step)
+            key = (spec.id.group, id(rule), spec.device, has_grad, step)
             if key not in members:
                 cohort = Cohort(
                     rule=rule, seed=group["seed"], device=spec.device, has_grad=has_grad
                 )
-                members[key] = cohort, []
+                members[key] = cohort, [], {}
                 groups.append(spec.id.group)
-                calls.append(call)
             members[key][1].append(draft)
-        cohorts = [cohort for cohort, _ in members.values()]
+            members[key][2].setdefault(id(param if counted is None else counted), call)
+        cohorts = [cohort for cohort, *_ in members.values()]
+        calls = [_call_of(cohort, list(each.values())) for cohort, _, each in members.values()]
         self._evaluate(cohorts, groups, calls)
         tasks: dict[int, Task] = {}
         clocks = []
-        for (cohort, mine), call in zip(members.values(), calls, strict=True):
-            counters = {}
+        for (cohort, mine, _), call in zip(members.values(), calls, strict=True):
+            counters: dict[int, Tensor] = {}
             for group, spec, rule, _, param, zeros in mine:
                 device = counter_device(group, param)
                 part, join = local_of(param), joiner(param)
                 init_state(self.state[param], spec, rule, self.layout, part, device, join)
                 counted = self._counter(group, rule, param)
                 assert counted is not None
-                counters[id(counted)] = counted
+                counters.setdefault(id(counted), counted)
+                count = list(counters).index(id(counted)) if isinstance(call, Tensor) else 0
                 tasks[spec.id.index] = Task(
                     spec=spec,
                     cohort=cohort,
@@ -270,6 +273,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
                     param=part,
                     state=self.state[param],
                     counter=counted,
+                    count=count,
                     mirror=self._mirrors.get(param),
                     zeros=zeros,
                 )
@@ -349,6 +353,15 @@ class PreparingOptimizer(CheckpointedOptimizer):
             part, device, join = local_of(param), counter_device(group, param), joiner(param)
             init_state(self.state[param], spec, rule, self.layout, part, device, join)
         return True
+
+
+def _call_of(cohort: Cohort, calls: Sequence[Number]) -> Number:
+    """The number of a call for a cohort, from that of each of its counters."""
+    on_device = [call for call in calls if isinstance(call, Tensor)]
+    if not on_device:
+        return calls[0]  # all are the same
+    cohort.counts = len(on_device)
+    return torch.stack(on_device)
 
 
 def _is_zero(lr: float | Tensor | Callable[..., Any] | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ def _block_line(geometry: Geometry) -> int:
 
 
 def numbers_row(cohort: Cohort, eps1: float, math_dtype: torch.dtype, idle: bool) -> list[Number]:
-    """The numbers of a rule at this step, floats or 0-d tensors of the device.
+    """The numbers of a rule at this step: floats, or 0-d tensors or vectors of the device.
 
     Args:
         cohort: Of tensors.
@@ -211,15 +210,26 @@ class Sent:
             self.on_device.copy_(host, non_blocking=True)
             self._last = numbers
 
-    def send_mixed(self, numbers: Sequence[Number]) -> None:
-        """The same where some are tensors of the device, which the host is not asked for."""
-        there = [(n, value) for n, value in enumerate(numbers) if isinstance(value, Tensor)]
-        if not there:
-            return self.send(cast("Sequence[float]", numbers))
-        host = [0.0 if isinstance(number, Tensor) else number for number in numbers]
-        self.send(host)
-        for n, value in there:
-            self.on_device[n].copy_(value.reshape(()), non_blocking=True)
+    def send_rows(self, rows: Sequence[tuple[Sequence[Number], int]]) -> None:
+        """The same for a table: rows, each with how many of it follow each other.
+
+        A number may be a tensor of the device, which the host is not asked for: one value, or a
+        vector with one for each time that its row comes.
+        """
+        self.send(
+            [
+                number
+                for row, times in rows
+                for number in [0.0 if isinstance(x, Tensor) else x for x in row] * times
+            ]
+        )
+        begin = 0
+        for row, times in rows:
+            for column, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    place = self.on_device.view(-1, len(row))[begin : begin + times, column]
+                    place.copy_(value, non_blocking=True)
+            begin += times
 
     def _send_captured(self, numbers: Sequence[float]) -> None:
         if not self._spares:

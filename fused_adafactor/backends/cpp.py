@@ -218,6 +218,7 @@ class _Executor:
         )
         self.math_dtype = bindings[0].planned.spec.math_dtype
         rules: dict[tuple[int, float], int] = {}
+        count_of_rules = 0
         self.cohorts: list[tuple[Cohort, float]] = []
         for record, b, geometry in zip(self.tensors, bindings, self.geometries, strict=True):
             _fill_geometry(record, b, geometry)
@@ -226,11 +227,12 @@ class _Executor:
             eps1 = b.rule.eps1_of(b.planned.spec.param_dtype, b.planned.spec.math_dtype)
             key = (id(b.cohort), eps1)
             if key not in rules:
-                rules[key] = len(self.cohorts)
+                rules[key] = count_of_rules
+                count_of_rules += b.cohort.counts
                 self.cohorts.append((b.cohort, eps1))
-            record.rule = rules[key]
-        self.grad_scales = [0.0] * len(self.cohorts)
-        self.rules = (_Rule * len(self.cohorts))()
+            record.rule = rules[key] + b.count
+        self.grad_scales = [0.0] * count_of_rules
+        self.rules = (_Rule * count_of_rules)()
         sizes = [_scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)]
         place = self._share_scratch if len(segments) == 1 else self._spread_scratch
         self.scratch = torch.empty(place(sizes), dtype=torch.uint8, device="cpu")
@@ -326,9 +328,11 @@ class _Executor:
 
     def _send_numbers(self, idle: bool) -> None:
         """Fill in the rules' numbers of this step."""
-        scales = [float(cohort.grad_scale) for cohort, _ in self.cohorts]
-        for record, (cohort, eps1) in zip(self.rules, self.cohorts, strict=True):
-            _fill_rule(record, cohort, eps1)
+        scales = []
+        sent = [(cohort, eps1, each) for cohort, eps1 in self.cohorts for each in cohort.on_host()]
+        for record, (cohort, eps1, scalars) in zip(self.rules, sent, strict=True):
+            scales.append(float(cohort.grad_scale))
+            _fill_rule(record, cohort, scalars, eps1)
             if idle and not cohort.rule.overwrites_without_grad:
                 record.overwrite_with_average = 0
         if scales != self.grad_scales:
@@ -450,8 +454,8 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.measures_param_rms = b.rule.measures_param_rms
 
 
-def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
-    rule, scalars = cohort.rule, cohort.scalars
+def _fill_rule(record: _Rule, cohort: Cohort, scalars: Scalars, eps1: float) -> None:
+    rule = cohort.rule
     record.seed, record.step = cohort.seed, int(scalars.t)
     _fill_numbers(record, rule, scalars, eps1)
     clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay
