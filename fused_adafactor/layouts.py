@@ -2,8 +2,8 @@
 
 A getter of torch takes as long as a small tensor takes to step, and there are a dozen things to ask
 of every one. So where the library of C++ is there, it looks at all of them in one call, through the
-functions that torch offers in DLPack's exchange table. Without it, and for what is distributed, the
-getters are called.
+functions that torch offers in DLPack's exchange table. Without it, and for what is distributed or
+unknown to DLPack, the getters are called.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ def notes_of(tensors: list[Tensor], itself: bool) -> Notes:
         RuntimeError: There is something whose memory cannot be told, such as a sparse tensor.
         TypeError: Likewise, such as a number.
     """
-    look = _interpreter() if are_plain(tensors) else None
-    if look is None:
-        return _NotesOfGetters(tensors, itself)
-    return _NotesOfLibrary(look, tensors, len(tensors), itself, list(tensors) if itself else [])
+    if are_plain(tensors):
+        alive = list(tensors) if itself else []
+        notes = _notes_of_library(tensors, len(tensors), itself, alive)
+        if notes is not None:
+            return notes
+    return _NotesOfGetters(tensors, itself)
 
 
 def notes_of_state(state: Mapping[Tensor, Any]) -> Notes:
@@ -79,12 +81,13 @@ def notes_of_state(state: Mapping[Tensor, Any]) -> Notes:
         TypeError: Likewise, such as a number.
     """
     names, kept = _entries_of(state)
-    look = _interpreter() if are_plain(kept) and isinstance(state, dict) else None
-    if look is None:
-        return _NotesOfState(state)
-    # By its address a name is told from another, a dict from another: all are kept alive.
-    alive = [*state, *state.values(), *names, *kept]
-    return _NotesOfLibrary(look, state, _STATE, True, alive)
+    if are_plain(kept) and isinstance(state, dict):
+        # By its address a name is told from another, a dict from another: all are kept alive.
+        alive = [*state, *state.values(), *names, *kept]
+        notes = _notes_of_library(state, _STATE, True, alive)
+        if notes is not None:
+            return notes
+    return _NotesOfState(state)
 
 
 # --- one call for all -----------------------------------------------------------------------------
@@ -118,7 +121,7 @@ class _Look:
 
 class _NotesOfLibrary:
     def __init__(
-        self, look: _Look, things: object, count: int, itself: bool, alive: list[object]
+        self, look: _Look, things: object, count: int, itself: bool, alive: Sequence[object]
     ) -> None:
         self._itself, self._alive = itself, alive
         self._look = look
@@ -132,6 +135,17 @@ class _NotesOfLibrary:
         return bool(
             look.is_as_noted(look.at, things, count, self._itself, self._numbers, self._size)
         )
+
+
+def _notes_of_library(
+    things: object, count: int, itself: bool, alive: Sequence[object]
+) -> _NotesOfLibrary | None:
+    """Notes, unless there is no library, or a device or dtype that DLPack has no number for."""
+    look = _interpreter()
+    try:
+        return None if look is None else _NotesOfLibrary(look, things, count, itself, alive)
+    except RuntimeError:
+        return None
 
 
 @functools.cache

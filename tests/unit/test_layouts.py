@@ -166,6 +166,15 @@ def test_what_has_no_memory_fits_nothing(thing: Any, look: str) -> None:
         layouts.notes_of_state(state)
 
 
+@pytest.mark.filterwarnings("ignore:.*quant.*")
+def test_what_dlpack_has_no_number_for_is_noted_all_the_same(look: str) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    noted = [torch.ones(2), quantized]
+    notes = layouts.notes_of(noted, itself=True)
+    assert notes.fit(noted)
+    assert not notes.fit([noted[0], quantized.clone()])
+
+
 def test_only_what_is_to_stay_is_kept_alive(look: str) -> None:
     """What is told by its address must not make room for something else."""
     state, first = state_of()
