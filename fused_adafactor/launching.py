@@ -21,7 +21,7 @@ from fused_adafactor import fields as f
 from fused_adafactor.binding import Binding, Cohort, Exchange
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
-from fused_adafactor.slabs import Cut, Geometry, ItemKind, geometry_of
+from fused_adafactor.slabs import Cut, Geometry, Item, ItemKind, geometry_of
 from fused_adafactor.spec import TensorSpec
 from fused_adafactor.tables import (
     MAX_DIMS,
@@ -33,7 +33,6 @@ from fused_adafactor.tables import (
 )
 from fused_adafactor.tickets import (
     LAUNCH_COUNTERS,
-    Item,
     Pieces,
     Ticket,
     Tuning,

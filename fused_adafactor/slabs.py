@@ -7,9 +7,10 @@ so that its sums are always added in the same order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 from fused_adafactor.plan import Phase
 from fused_adafactor.spec import TINY_ELEMENTS, TensorSpec
@@ -42,8 +43,8 @@ class Cut:
     aligned_lines: int = 1
 
 
-# A core's L2 cache holds the gradient and the parameter of a slab. With so many lines the sums stay
-# under 2 % of a bfloat16 parameter. ``kMergeColumns`` of ``abi.h``.
+# A core's L2 cache holds the gradient and the parameter of so many elements. With so many lines the
+# sums stay under 2 % of a bfloat16 parameter. ``kMergeColumns`` of ``abi.h``.
 CPU_CUT = Cut(
     slab_elements=131_072,
     slab_lines=256,
@@ -71,6 +72,9 @@ class ItemKind(IntEnum):
     TOTAL = 10  # the norm of the gradient
     SHARE = 11
     SETTLE = 12
+
+
+Item = tuple[ItemKind, int, int]  # kind, tensor, slab or part or strip
 
 
 class Form(IntEnum):
@@ -284,31 +288,72 @@ def merges_of(geometry: Geometry, cut: Cut) -> int:
     return geometry.batch * -(-geometry.cols // cut.merge_columns)
 
 
-def items_of(
-    geometries: Sequence[Geometry], phases: Sequence[Phase]
-) -> Iterator[tuple[ItemKind, int, int]]:
-    """Items (kind, tensor, slab) in ticket order, for threads of a CPU.
+def strips_of(geometry: Geometry, cut: Cut) -> tuple[int, int]:
+    """Strips of a slab, and lines of each: what an item of the last sweep takes.
 
-    The second sweep of a tensor comes after the first sweep of the next one, so that nobody waits
-    for sums that are still being taken, and goes through the slabs backwards, latest read first.
+    That sums nothing, so nothing asks for many lines, and whoever is done last is not far behind.
+    """
+    lines = max(1, cut.slab_elements // geometry.cols) if geometry.cols else 1
+    if geometry.form is not Form.FACTORED or lines >= geometry.lines_per_slab:
+        return 1, geometry.lines_per_slab
+    return -(-geometry.lines_per_slab // lines), lines
+
+
+def items_of(
+    geometries: Sequence[Geometry], phases: Sequence[Phase], threads: int
+) -> Iterator[Item]:
+    """Items in ticket order, for threads of a CPU.
+
+    What has to wait for the sums of a tensor comes after some slabs of the next one, one for each
+    thread, so that nobody waits while the others are still at work; and before the rest of them, so
+    that a tensor that fits the caches is still there. The last sweep goes backwards, latest read
+    first.
     """
     everything = len(phases) == len(Phase)
-    waiting: list[int] = []
+    waiting: int | None = None
     for number, geometry in enumerate(geometries):
         if everything and is_whole(geometry, CPU_CUT):
             yield ItemKind.WHOLE, number, 0
             continue
+        stats: Iterable[Item] = ()
         if Phase.STATS in phases:
-            yield from ((ItemKind.STATS, number, slab) for slab in range(geometry.slabs))
-        if Phase.APPLY in phases:
-            yield from _second_sweeps(geometries, waiting)
-            waiting = [number]
-    yield from _second_sweeps(geometries, waiting)
+            stats = ((ItemKind.STATS, number, slab) for slab in range(geometry.slabs))
+        if Phase.APPLY not in phases:
+            yield from stats
+            continue
+        stats = iter(stats)
+        if waiting is not None:
+            yield from islice(stats, threads)
+            yield from _finalizing(geometries, waiting)
+            yield from islice(stats, threads)
+            yield from _last_sweep(geometries, waiting)
+        yield from stats
+        waiting = number
+    if waiting is not None:
+        yield from _finalizing(geometries, waiting)
+        yield from _last_sweep(geometries, waiting)
 
 
-def items_between_sums(
-    geometries: Sequence[Geometry], phases: Sequence[Phase]
-) -> Iterator[tuple[ItemKind, int, int]]:
+def _finalizing(geometries: Sequence[Geometry], number: int) -> Iterator[Item]:
+    merges = range(merges_of(geometries[number], CPU_CUT))
+    yield from ((ItemKind.MERGE, number, part) for part in merges)
+    yield ItemKind.FINALIZE, number, 0
+
+
+def _last_sweep(geometries: Sequence[Geometry], number: int) -> Iterator[Item]:
+    """What follows FINALIZE."""
+    slabs = range(geometries[number].slabs)
+    yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs)
+    yield ItemKind.MEASURE, number, 0
+    yield from _applying(geometries[number], number)
+
+
+def _applying(geometry: Geometry, number: int) -> Iterator[Item]:
+    strips, _ = strips_of(geometry, CPU_CUT)
+    return ((ItemKind.APPLY, number, strip) for strip in reversed(range(geometry.slabs * strips)))
+
+
+def items_between_sums(geometries: Sequence[Geometry], phases: Sequence[Phase]) -> Iterator[Item]:
     """Items of tensors whose sums are taken over processes before FINALIZE and before APPLY.
 
     The last sweep begins with the tensor that was read last.
@@ -329,17 +374,4 @@ def items_between_sums(
     else:
         yield from ((ItemKind.SETTLE, number, 0) for number in numbers)
         for number in reversed(numbers):
-            yield from ((ItemKind.APPLY, number, slab) for slab in reversed(slabs[number]))
-
-
-def _second_sweeps(
-    geometries: Sequence[Geometry], tensors: list[int]
-) -> Iterator[tuple[ItemKind, int, int]]:
-    for number in tensors:
-        slabs = range(geometries[number].slabs)
-        merges = range(merges_of(geometries[number], CPU_CUT))
-        yield from ((ItemKind.MERGE, number, part) for part in merges)
-        yield ItemKind.FINALIZE, number, 0
-        yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs)
-        yield ItemKind.MEASURE, number, 0
-        yield from ((ItemKind.APPLY, number, slab) for slab in reversed(slabs))
+            yield from _applying(geometries[number], number)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fused_adafactor.plan import Phase
-from fused_adafactor.slabs import Cut, Form, Geometry, ItemKind, is_whole
+from fused_adafactor.slabs import Cut, Form, Geometry, Item, ItemKind, is_whole
 
 GPU_CUT = Cut(
     slab_elements=65_536,
@@ -223,7 +223,6 @@ def scratch_of(pieces: Pieces, itemsize: int, begin: int) -> Scratch:
     return s
 
 
-Item = tuple[ItemKind, int, int]
 Ticket = list[Item]
 
 # Kinds in the order of an update. Each is a launch of its own where items do not wait.

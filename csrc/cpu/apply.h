@@ -228,7 +228,7 @@ void apply_chunk(Tensor& t, const Rule& r, const Matrix<M>* matrix, int64_t line
   if (t.average != nullptr) average_chunk(t, r, k, n, c);
 }
 
-// Second moments of a slab's lines, and with the first line of a matrix of what lies across.
+// Second moments of some lines, and with the first line of a matrix of what lies across.
 template <class M>
 void write_factors(const Tensor& t, const Matrix<M>& m, Lines lines) {
   const int64_t n = lines.end - lines.begin;
@@ -256,13 +256,13 @@ void apply_matrix(Tensor& t, const Rule& r, const Matrix<M>& m, Lines lines, dou
 }
 
 template <class M>
-void apply_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& buffers) {
+void apply_in(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuffers& buffers) {
   if (t.skip) return;
-  const Lines lines = lines_of(t, slab);
+  const Lines lines = strip_of(t, strip);
   const double ratio = r.clip_threshold < 0 ? 1.0 : t.update_rms / r.clip_threshold;
   const double clip = ratio < 1.0 ? 1.0 : ratio;  // so written that NaN stays
   if (t.form == kFactored) {
-    const Matrix<M> m = Sums<M>(t, scratch).matrix(t, matrix_of(t, slab));
+    const Matrix<M> m = Sums<M>(t, scratch).matrix(t, matrix_of(t, strip / t.strips));
     t.numel == 0 ? write_factors(t, m, lines) : apply_matrix(t, r, m, lines, clip, buffers);
   } else if (t.form == kSmall) {
     LineSums<M> ignored{};

@@ -28,8 +28,8 @@ void update_rms(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuf
 void measure(Tensor& t, const Rule& r, void* scratch) { FA_BY_MATH(t, measure_in, t, r, scratch); }
 void share(Tensor& t, const Rule& r, void* scratch, ThreadBuffers& b) { FA_BY_MATH(t, share_in, t, r, scratch, b); }
 void settle(Tensor& t) { FA_BY_MATH(t, settle_in, t); }
-void apply(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffers& b) {
-  FA_BY_MATH(t, apply_in, t, r, slab, scratch, b);
+void apply(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuffers& b) {
+  FA_BY_MATH(t, apply_in, t, r, strip, scratch, b);
   if (t.mirror != nullptr) publish_streamed();
 }
 void accumulate(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) {

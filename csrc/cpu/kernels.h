@@ -37,7 +37,7 @@ struct Kernels {
   void (*measure)(Tensor&, const Rule&, void* scratch);  // RMS(u) from the sums of the third sweep
   void (*share)(Tensor&, const Rule&, void* scratch, ThreadBuffers&);
   void (*settle)(Tensor&);
-  void (*apply)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
+  void (*apply)(Tensor&, const Rule&, int64_t strip, void* scratch, ThreadBuffers&);
   void (*accumulate)(Tensor&, const Rule&, int64_t slab, ThreadBuffers&);
   void (*average)(Tensor&, const Rule&, int64_t slab, ThreadBuffers&);
 };

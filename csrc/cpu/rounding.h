@@ -11,7 +11,9 @@ namespace {
 
 typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));
 constexpr int64_t kBlocksTogether = kVectorBytes / 8;
-constexpr int64_t kDrawnTogether = 8 * kBlocksTogether;  // elements
+// Vectors of blocks that are computed in turn: one alone waits for its multiplications. Their numbers fit the registers.
+constexpr int kChains = kVectorBytes == 64 ? 4 : 2;
+constexpr int64_t kDrawnTogether = 8 * kBlocksTogether * kChains;  // elements
 // Blocks that `kChunk` elements touch, wherever they begin, in whole vectors.
 constexpr int64_t kBlocksOfChunk = (kChunk / 8 + 1 + kBlocksTogether - 1) / kBlocksTogether * kBlocksTogether;
 
@@ -56,28 +58,47 @@ inline RandomKey random_key(const Tensor& t, const Rule& r, Stream stream) {
   return {r.seed, uint32_t(r.step), uint32_t(t.param_index), stream};
 }
 
-// Philox-4x32-10 of consecutive blocks, side by side: eight numbers of 16 bits each. Its key is the seed, its counter
-// (block and stream, parameter, step). What is above the low half of a counter's number is of no account.
-inline void rounding_blocks(const RandomKey& key, uint64_t block, int64_t count, uint16_t* halves) {
-  Longs numbers{};
-  for (int64_t i = 0; i < kBlocksTogether; ++i) numbers[i] = uint64_t(i);
+// Philox-4x32-10 of consecutive blocks, `kVectors` vectors of them side by side: eight numbers of 16 bits each. Its key
+// is the seed, its counter (block and stream, parameter, step). What is above the low half of a counter's number is of
+// no account.
+template <int kVectors>
+FA_INLINE void vectors_of_blocks(const RandomKey& key, uint64_t block, uint16_t* halves) {
+  Longs c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    for (int i = 0; i < kBlocksTogether; ++i) c0[v][i] = block + uint64_t(v * kBlocksTogether + i);
+    c1[v] = (c0[v] >> 32) | (uint64_t(key.stream) << kStreamShift);
+    c2[v] = Longs{} + key.param;
+    c3[v] = Longs{} + key.step;
+  }
   const Longs multiplier0 = Longs{} + kPhiloxMultiplier0, multiplier1 = Longs{} + kPhiloxMultiplier1;
-  for (int64_t first = 0; first < count; first += kBlocksTogether) {
-    Longs c0 = numbers + (block + uint64_t(first));
-    Longs c2 = Longs{} + key.param, c3 = Longs{} + key.step;
-    Longs c1 = (c0 >> 32) | (uint64_t(key.stream) << kStreamShift);
-    uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Longs product0 = multiply_halves(c0, multiplier0), product1 = multiply_halves(c2, multiplier1);
-      c0 = (product1 >> 32) ^ c1 ^ k0;
-      c2 = (product0 >> 32) ^ c3 ^ k1;
-      c1 = product1;
-      c3 = product0;
-      k0 += kPhiloxKeyStep0;
-      k1 += kPhiloxKeyStep1;
+  uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Longs product0 = multiply_halves(c0[v], multiplier0), product1 = multiply_halves(c2[v], multiplier1);
+      c0[v] = (product1 >> 32) ^ c1[v] ^ k0;
+      c2[v] = (product0 >> 32) ^ c3[v] ^ k1;
+      c1[v] = product1;
+      c3[v] = product0;
     }
-    const Longs low = (c0 & 0xFFFFFFFFu) | (c1 << 32), high = (c2 & 0xFFFFFFFFu) | (c3 << 32);
-    store_in_turn(halves + 8 * first, low, high);
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const Longs low = (c0[v] & 0xFFFFFFFFu) | (c1[v] << 32), high = (c2[v] & 0xFFFFFFFFu) | (c3[v] << 32);
+    store_in_turn(halves + 8 * kBlocksTogether * v, low, high);
+  }
+}
+
+// Those of `count` blocks, and of up to a vector of blocks more.
+inline void rounding_blocks(const RandomKey& key, uint64_t block, int64_t count, uint16_t* halves) {
+  int64_t first = 0;
+  for (; first + (kChains - 1) * kBlocksTogether < count; first += kChains * kBlocksTogether) {
+    vectors_of_blocks<kChains>(key, block + uint64_t(first), halves + 8 * first);
+  }
+  for (; first < count; first += kBlocksTogether) {
+    vectors_of_blocks<1>(key, block + uint64_t(first), halves + 8 * first);
   }
 }
 

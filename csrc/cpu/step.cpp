@@ -166,7 +166,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
           kernels.finalize(t, r, buffers.whole);
           for (int64_t slab = 0; slab < t.slabs; ++slab) kernels.update_rms(t, r, slab, buffers.whole, buffers);
           kernels.measure(t, r, buffers.whole);
-          for (int64_t slab = t.slabs - 1; slab >= 0; --slab) kernels.apply(t, r, slab, buffers.whole, buffers);
+          for (int64_t i = t.slabs * t.strips - 1; i >= 0; --i) kernels.apply(t, r, i, buffers.whole, buffers);
           break;
         case kStats:
           if (t.after >= 0) wait_for(progress[t.after].apply_left);

@@ -36,6 +36,14 @@ inline Lines lines_of(const Tensor& t, int64_t slab) {
   return {begin, least(first + t.rows, begin + t.lines_per_slab)};
 }
 
+// A strip of a slab, which is what a kApply takes. The last slab of a matrix may have nothing left for its last strips.
+inline Lines strip_of(const Tensor& t, int64_t strip) {
+  const Lines slab = lines_of(t, strip / t.strips);
+  if (t.strips == 1) return slab;
+  const int64_t begin = slab.begin + strip % t.strips * t.lines_per_strip;
+  return {least(begin, slab.end), least(begin + t.lines_per_strip, slab.end)};
+}
+
 // The matrix of a slab of kFactored, which holds lines of one only.
 inline int64_t matrix_of(const Tensor& t, int64_t slab) { return slab / slabs_per_matrix(t); }
 

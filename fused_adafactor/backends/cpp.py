@@ -36,11 +36,13 @@ from fused_adafactor.slabs import (
     CPU_CUT,
     Form,
     Geometry,
+    Item,
     ItemKind,
     geometry_of,
     is_whole,
     items_between_sums,
     items_of,
+    strips_of,
     whole_of,
 )
 from fused_adafactor.spec import TensorSpec
@@ -104,6 +106,7 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("compensation", "average", "accumulator")),
         ("mirror", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
+        *((name, ctypes.c_int64) for name in ("strips", "lines_per_strip")),
         *((name, ctypes.c_int64) for name in ("scratch", "after")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
         ("whole", _WholeParameter),
@@ -262,10 +265,14 @@ class _Executor:
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
-        key = tuple(phases)
+        threads = torch.get_num_threads()
+        key = (threads, *phases)
         if key not in self.items:
-            items = items_between_sums if self.are_split else items_of
-            self.items[key] = _records_of(items(self.geometries, phases))
+            if self.are_split:
+                items = items_between_sums(self.geometries, phases)
+            else:
+                items = items_of(self.geometries, phases, threads)
+            self.items[key] = _records_of(items)
         self._execute(self.items[key], exchange, reports=True)
         if Phase.APPLY in phases:
             if exchange.wants_param_rms:
@@ -370,7 +377,7 @@ def bind(bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> 
     return _Executor(bindings, segments)
 
 
-def _records_of(items: Iterable[tuple[ItemKind, int, int]]) -> ctypes.Array[_Item]:
+def _records_of(items: Iterable[Item]) -> ctypes.Array[_Item]:
     records = [_Item(kind, tensor, slab, 0) for kind, tensor, slab in items]
     return (_Item * len(records))(*records)
 
@@ -450,6 +457,7 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.param_index = spec.id.index
     record.mirror_dtype = DTYPES[spec.mirror_dtype or spec.param_dtype]
     record.slabs, record.lines_per_slab = geometry.slabs, geometry.lines_per_slab
+    record.strips, record.lines_per_strip = strips_of(geometry, CPU_CUT)
     record.measures = b.rule.clip_threshold is not None
     record.measures_param_rms = b.rule.measures_param_rms
 

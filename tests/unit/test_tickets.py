@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.plan import Phase
-from fused_adafactor.slabs import Form, ItemKind, geometry_of
+from fused_adafactor.slabs import Form, Item, ItemKind, geometry_of
 from fused_adafactor.spec import TensorId, TensorSpec
 from fused_adafactor.tickets import (
     GPU_CUT,
     TENSOR_COUNTERS,
-    Item,
     Pieces,
     Ticket,
     Tuning,
