@@ -158,3 +158,11 @@ def test_reads_accesses_of_amd(instruction: str, widest: int) -> None:
     counts = "\n    .private_segment_fixed_size: 12\n    .vgpr_count:     70\n"
     read: Any = offline._amd({"amdgcn": f"  {instruction}\n{counts}"})
     assert read == (70, 12, widest)
+
+
+def test_what_is_for_one_target_is_compiled_in_the_form_of_that_target() -> None:
+    found = {case: its for case, its in default_cases().items() if case.rule == "kahan"}
+    for target, form in (("sm_90", "persistent"), ("gfx942", "phases")):
+        names = [work.name for work in codegen.work_of(found, [target])]
+        assert names
+        assert all(f" {form} " in name for name in names)
