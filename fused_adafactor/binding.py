@@ -6,6 +6,7 @@ cohorts, one record for many tensors, and in the exchange.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +23,17 @@ from fused_adafactor.spec import TensorSpec
 
 @dataclass(kw_only=True, eq=False)
 class Cohort:
-    """Tensors that every number of a step is the same for; the last three are set in every step.
+    """Tensors that a step is the same for; the last three are set in every step.
+
+    Where a device counts the steps, the host does not know which tensors are at the same one. What
+    follows from the step is then a vector, with one value for each counter.
 
     Attributes:
         rule: Their rule.
         seed: Key of stochastic rounding.
         device: Theirs.
         has_grad: Whether they have gradients; without one only the average of a tensor moves.
+        counts: Of the counters of a device; 1 where the host counts.
         scalars: The numbers of this step.
         activity: What this call does to them.
         grad_scale: What the raw gradient is multiplied by when it is read: -1 for maximize, 1 /
@@ -39,9 +44,27 @@ class Cohort:
     seed: int
     device: torch.device
     has_grad: bool
+    counts: int = 1
     scalars: Scalars = field(init=False)
     activity: Activity = field(init=False)
     grad_scale: Number = field(init=False)
+
+    def scalars_of(self, count: int) -> Scalars:
+        """The numbers of this step for what follows one of the counters."""
+        if not isinstance(self.scalars.t, Tensor):
+            return self.scalars
+        each: Any = (x[count] if isinstance(x, Tensor) and x.dim() > 0 else x for x in self.scalars)
+        return Scalars(*each)
+
+    def on_host(self) -> list[Scalars]:
+        """The numbers of this step for each counter, as floats; waits for a device."""
+        if not isinstance(self.scalars.t, Tensor):
+            return [self.scalars]
+        columns = [
+            x.expand(self.counts).tolist() if isinstance(x, Tensor) else [x] * self.counts
+            for x in self.scalars
+        ]
+        return list(itertools.starmap(Scalars, zip(*columns, strict=True)))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,6 +77,7 @@ class Binding:
     Attributes:
         planned: The tensor in the plan.
         cohort: Its rule, and the numbers of this step.
+        count: Which counter of its cohort it follows.
         param: Full; written in place.
         row_var: [..., n], contiguous.
         col_var: [..., m], contiguous.
@@ -75,6 +99,7 @@ class Binding:
 
     planned: PlannedTensor
     cohort: Cohort
+    count: int
     param: Tensor
     row_var: Tensor | None
     col_var: Tensor | None
@@ -96,7 +121,7 @@ class Binding:
     @property
     def scalars(self) -> Scalars:
         """The numbers of this step."""
-        return self.cohort.scalars
+        return self.cohort.scalars_of(self.count)
 
     @property
     def grad_scale(self) -> Number:

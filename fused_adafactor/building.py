@@ -109,12 +109,13 @@ def _cpp_recipe(folder: Path) -> Recipe:
     extra = shlex.split(os.environ.get(FLAGS_ENVIRONMENT, ""))
     builds = _instruction_sets()
     flags = [*CPP_FLAGS, f"-I{folder / 'include'}", *(["-DFA_X86"] if len(builds) > 1 else [])]
-    kernels, step = str(folder / "cpu" / "kernels.cpp"), str(folder / "cpu" / "step.cpp")
+    kernels = str(folder / "cpu" / "kernels.cpp")
     objects = {
         f"kernels_{name}": [*flags, *extra, "-c", kernels, f"-DFA_ISA={name}", *its]
         for name, its in builds.items()
     }
-    objects["step"] = [*flags, *extra, "-c", step]
+    for name in ("step", "layouts"):
+        objects[name] = [*flags, *extra, "-c", str(folder / "cpu" / f"{name}.cpp")]
     # All side by side: they are most of the time that an installation takes.
     link = ["-shared", "-fopenmp", *extra]
     return _recipe("cpp", compiler, objects, link, len(objects), folder)

@@ -77,7 +77,7 @@ _BOXES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 class Cells:
-    """0-d tensors of one device that are read and counted up all at once.
+    """0-d tensors of one device that are read, counted up and written all at once.
 
     On the host that is done in their memory: torch takes longer to add 1 to a number than the step
     of a small tensor takes. So they must stay where they are for as long as this is used.
@@ -90,6 +90,8 @@ class Cells:
         """Find their memory."""
         self.tensors = list(tensors)
         self._boxes: list[Any] | None = None
+        self._row: Tensor | None = None
+        self._views: list[Tensor] = []
         if all(map(_is_plain, tensors)):
             self._boxes = [_BOXES[t.dtype].from_address(t.data_ptr()) for t in tensors]
 
@@ -102,7 +104,7 @@ class Cells:
     def advance(self, amounts: Tensor | None) -> None:
         """Add 1 to all, or a vector of bool, without asking a device."""
         if amounts is not None:
-            torch._foreach_add_(self.tensors, list(amounts.unbind()))
+            torch._foreach_add_(self.tensors, self._each_of(amounts))
         elif self._boxes is None:
             torch._foreach_add_(self.tensors, 1)
         else:
@@ -110,13 +112,34 @@ class Cells:
             deque(map(setattr, self._boxes, repeat("value"), ahead), maxlen=0)
             torch.autograd.graph.increment_version(self.tensors)
 
+    def write(self, values: Tensor) -> None:
+        """Set them to a vector, without asking a device."""
+        if self._boxes is not None and values.device.type == "cpu" and values.is_contiguous():
+            numbers = (_BOXES[values.dtype] * len(self._boxes)).from_address(values.data_ptr())
+            deque(map(setattr, self._boxes, repeat("value"), numbers), maxlen=0)
+            torch.autograd.graph.increment_version(self.tensors)
+            return
+        torch._foreach_copy_(self.tensors, self._each_of(values))
+
+    def _each_of(self, values: Tensor) -> list[Tensor]:
+        """The elements of a vector, as tensors of the dtype that these here have.
+
+        Of one dtype, a device takes all at once. Views take longer to make than to fill, so these
+        are made once.
+        """
+        if self._row is None:
+            self._row = values.to(self.tensors[0].dtype, copy=True)
+            self._views = list(self._row.unbind())
+        self._row.copy_(values)
+        return self._views
+
 
 class Clock:
-    """What tensors that are at the same step read their step from.
+    """What the tensors of a cohort read their step from.
 
     Args:
         counters: Theirs, each once.
-        on_host: Whether the step is a Python number; otherwise there is one counter.
+        on_host: Whether they are at the same step, which is a Python number.
     """
 
     def __init__(self, counters: Sequence[Tensor], on_host: bool) -> None:
@@ -125,9 +148,12 @@ class Clock:
         self._on_host = on_host
 
     def next_call(self) -> Number | None:
-        """Number of the coming call; None where the counters have parted, or count no steps."""
+        """Number of the coming call; None where the counters have parted, or count no steps.
+
+        Where they are on a device, a vector with one value for each.
+        """
         if not self._on_host:
-            return self._cells.tensors[0].double() + 1.0
+            return torch.stack(self._cells.tensors).double() + 1.0
         counts = self._cells.read()
         count = counts[0]
         together = counts.count(count) == len(counts)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_adafactor import backends
 from fused_adafactor.binding import Binding, Cohort, Exchange
-from fused_adafactor.counting import Clock
+from fused_adafactor.counting import Cells, Clock
 from fused_adafactor.joining import (
     Counters,
     Members,
@@ -70,6 +70,7 @@ class Task:
         state: Its state, complete.
         mirror: Its mirror, or None.
         counter: The step counter that it follows; advanced when the call is done.
+        count: Which counter of its cohort that is, see ``Cohort.counts``.
         zeros: What stands for a gradient that is missing here, but maybe not on other processes.
     """
 
@@ -79,6 +80,7 @@ class Task:
     param: Tensor
     state: dict[str, Any]
     counter: Tensor
+    count: int
     mirror: Tensor | None
     zeros: Tensor | None = None
 
@@ -107,7 +109,7 @@ class _Batch:
     segments: tuple[tuple[Phase, ...], ...]
     members: Members
     grads: list[int | Tensor] | None
-    param_rms: list[Tensor] | None
+    param_rms: Cells | None
     specs: list[TensorSpec]
     owners: list[Tensor]
     present: Column | None
@@ -139,9 +141,9 @@ class _Batch:
         if self.param_rms is not None and exchange.param_rms is not None:
             rms = exchange.param_rms
             if exchange.skip is not None:
-                kept = torch.stack([value.to(rms) for value in self.param_rms])
+                kept = torch.stack([value.to(rms) for value in self.param_rms.tensors])
                 rms = torch.where(exchange.skip, kept, rms)
-            torch._foreach_copy_(self.param_rms, list(rms.unbind()))
+            self.param_rms.write(rms)
 
 
 _Part = tuple[_Batch, Exchange]  # of a call
@@ -444,7 +446,7 @@ class Engine:
                 math_dtype=planned.spec.math_dtype,
             ),
             grads=None if places_here == list(range(len(grads))) else mine,
-            param_rms=kept if measured and len(kept) == len(tasks) else None,
+            param_rms=Cells(kept) if measured and len(kept) == len(tasks) else None,
             specs=specs,
             owners=[task.owner for task in tasks],
             present=sums[0].column("present", specs) if sums else None,
@@ -472,6 +474,7 @@ class Engine:
         return Binding(
             planned=planned,
             cohort=task.cohort,
+            count=task.count,
             param=task.param,
             row_var=entry("row_var"),
             col_var=entry("col_var"),

@@ -1,4 +1,4 @@
-"""Whether two steps concern the same memory, found out with a few loops in C.
+"""Whether two steps concern the same memory.
 
 A prepared step holds what follows from the rules of the groups, from which tensors there are, and
 from where and how they lie. A user may change any of that between two steps: replace ``p.data``,
@@ -9,110 +9,118 @@ looked at in every step, and compared with what it was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, compress, repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from fused_adafactor.layouts import are_plain, notes_of, notes_of_state, parts_of
 from fused_adafactor.rule import Rule
-from fused_adafactor.spec import local_of
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-_grad, _dtype, _requires_grad = map(attrgetter, ("grad", "dtype", "requires_grad"))
+_NONE = type(None)
+_grad, _requires_grad = map(attrgetter, ("grad", "requires_grad"))
 
 
-class Fingerprint(NamedTuple):
-    """What a prepared step depends on.
+class Concern(NamedTuple):
+    """What a step concerns, as it is now.
 
     Attributes:
-        objects: Compared by identity: tensors with equal values are not the same memory.
-        facts: Compared by value.
-    """
-
-    objects: list[object]
-    facts: tuple[object, ...]
-
-    def matches(self, other: Fingerprint) -> bool:
-        """Whether nothing has changed."""
-        return (
-            len(self.objects) == len(other.objects)
-            and all(map(is_, self.objects, other.objects))
-            and self.facts == other.facts
-        )
-
-
-def fingerprint_of(
-    params: Sequence[Tensor],
-    places: Sequence[object],
-    groups: Sequence[Mapping[str, Any]],
-    rules: Sequence[Rule],
-    state: Mapping[Tensor, Any],
-    mirrors: Sequence[Tensor],
-) -> tuple[Fingerprint, list[Tensor]] | None:
-    """The fingerprint of a step, and the gradients that there are.
-
-    Where gradients lie is not part of it: most steps have new ones.
-
-    Args:
         params: What is stepped.
         places: Where each is, and its name, which a rule may go by; in any form.
         groups: Those that the parameters are in.
         rules: Theirs.
         state: Of the parameters, and of others where it is not worth the time to choose.
         mirrors: Likewise.
-
-    Returns:
-        None if there is anything whose memory cannot be told, such as a sparse gradient or a number
-        in the state.
     """
+
+    params: list[Tensor]
+    places: Sequence[object]
+    groups: Sequence[Mapping[str, Any]]
+    rules: Sequence[Rule]
+    state: Mapping[Tensor, Any]
+    mirrors: Sequence[Tensor]
+
+    def owners(self) -> list[Tensor]:
+        """What lies somewhere beside the state: parameters, and what is not theirs alone."""
+        shared = [group["step"] for group in self.groups if "step" in group]
+        return [*self.params, *shared, *self.mirrors]
+
+
+class Gradients(NamedTuple):
+    """What a step has of gradients.
+
+    Attributes:
+        kinds: Type of the gradient of each parameter, that of None where there is none.
+        given: Those that there are.
+        parts: What this process has of each of them.
+    """
+
+    kinds: list[type]
+    given: list[Tensor]
+    parts: list[Tensor]
+
+
+def gradients_of(params: Sequence[Tensor]) -> Gradients:
+    """The gradients of parameters, as they are now."""
     grads = list(map(_grad, params))
-    given = list(map(is_not, grads, repeat(None)))
-    grads = list(compress(grads, given))
-    here, given_here = _parts(params), _parts(grads)
-    kept = list(chain.from_iterable(map(dict.values, state.values())))
-    shared = [group["step"] for group in groups if "step" in group]
+    kinds = list(map(type, grads))
+    given = [grad for grad in grads if grad is not None] if _NONE in kinds else grads
+    return Gradients(kinds, given, parts_of(given))
+
+
+class Fingerprint:
+    """What a prepared step depends on; where gradients lie is no part of it: most are new.
+
+    Raises:
+        RuntimeError: There is something whose memory cannot be told, such as a sparse gradient.
+        TypeError: Likewise, such as a number in the state.
+    """
+
+    def __init__(self, concern: Concern, grads: Gradients) -> None:
+        """Note how everything is."""
+        self._facts = _facts(concern, grads)
+        self._owners = notes_of(concern.owners(), itself=True)
+        self._grads = notes_of(grads.given, itself=False)
+        self._state = notes_of_state(concern.state)
+
+    def matches(self, concern: Concern, grads: Gradients) -> bool:
+        """Whether nothing has changed.
+
+        Args:
+            concern: What there is now.
+            grads: Of its parameters.
+        """
+        try:
+            return (
+                self._facts == _facts(concern, grads)
+                and self._owners.fit(concern.owners())
+                and self._grads.fit(grads.given)
+                and self._state.fit(concern.state)
+            )
+        except (RuntimeError, TypeError):
+            return False
+
+
+def fingerprint_of(concern: Concern, grads: Gradients) -> Fingerprint | None:
+    """The fingerprint of a step; None where it would not show every change.
+
+    Args:
+        concern: The step.
+        grads: Of its parameters.
+    """
     try:
-        facts = (
-            places,
-            rules,
-            [(g["seed"], g["capturable"], g["fused"]) for g in groups],
-            given,
-            # Where a parameter is tells on which device, and torch holds a gradient to both.
-            list(map(Tensor.data_ptr, here)),
-            list(map(Tensor.size, params)),
-            list(map(Tensor.stride, here)),
-            list(map(_dtype, params)),
-            list(map(type, params)),
-            list(map(Tensor.numel, grads)),
-            list(map(Tensor.stride, given_here)),  # a sparse one raises
-            list(map(_dtype, grads)),
-            list(map(type, grads)),
-            _placements(params),
-            _placements(grads),
-            list(chain.from_iterable(state.values())),
-            list(map(Tensor.data_ptr, _parts([*kept, *shared, *mirrors]))),
-            # Without a gradient, a distributed one takes part if it wants one.
-            None if _are_plain(params) else list(map(_requires_grad, params)),
-        )
+        return Fingerprint(concern, grads)
     except (RuntimeError, TypeError):
         return None
-    return Fingerprint([*params, *state, *kept, *shared, *mirrors], facts), given_here
 
 
-def _placements(tensors: Sequence[Tensor]) -> list[object] | None:
-    """How distributed tensors are distributed; None where there is none."""
-    if set(map(type, tensors)) <= _PLAIN:
-        return None
-    names = ("placements", "device_mesh")
-    return [tuple(getattr(tensor, name, None) for name in names) for tensor in tensors]
-
-
-def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process has of each: a distributed tensor has no address of its own."""
-    return list(tensors) if _are_plain(tensors) else list(map(local_of, tensors))
-
-
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
-    return set(map(type, tensors)) <= _PLAIN
+def _facts(concern: Concern, grads: Gradients) -> tuple[object, ...]:
+    """What is compared by value."""
+    return (
+        concern.places,
+        concern.rules,
+        [(group["seed"], group["capturable"], group["fused"]) for group in concern.groups],
+        grads.kinds,
+        # Without a gradient, a distributed one takes part if it wants one.
+        None if are_plain(concern.params) else list(map(_requires_grad, concern.params)),
+    )

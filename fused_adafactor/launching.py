@@ -217,6 +217,7 @@ class Executor:
         rules = self._rules(bindings)
         geometries = [geometry_of(b.planned.spec, launcher.tuning.cut) for b in bindings]
         self.traits = [traits_of(b, g) for b, g in zip(bindings, geometries, strict=True)]
+        self.draws = any(traits.draws for traits in self.traits)
         pieces = [self._pieces_of(g, t) for g, t in zip(geometries, self.traits, strict=True)]
         self.groups = self._groups(bindings, pieces)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
@@ -224,7 +225,8 @@ class Executor:
         count, device = len(bindings), self.device
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
         self.grads = Sent(count, torch.int64, self.device, capturable)
-        numbers, integers = (n * len(self.cohorts) for n in (f.NUMBERS, f.INTEGERS))
+        counts = sum(cohort.counts for cohort, _ in self.cohorts)
+        numbers, integers = (n * counts for n in (f.NUMBERS, f.INTEGERS))
         self.numbers = Sent(numbers, torch.float64, self.device, capturable)
         self.integers = Sent(integers, torch.int64, self.device, capturable)
         self.outcomes = torch.zeros((count, f.OUTCOMES), dtype=torch.float64, device=device)
@@ -233,17 +235,19 @@ class Executor:
         self.launches: dict[object, list[tuple[Launch, Kernel]]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
-        """The rule of each tensor: its cohort, with its own eps1."""
+        """The row of each tensor's rule: by its cohort, its own eps1, and the counter."""
         numbers: dict[tuple[int, float], int] = {}
+        end = 0
         rules = []
         for b in bindings:
             spec = b.planned.spec
             eps1 = b.rule.eps1_of(spec.param_dtype, spec.math_dtype)
             key = (id(b.cohort), eps1)
             if key not in numbers:
-                numbers[key] = len(self.cohorts)
+                numbers[key] = end
+                end += b.cohort.counts
                 self.cohorts.append((b.cohort, eps1))
-            rules.append(numbers[key])
+            rules.append(numbers[key] + b.count)
         return rules
 
     def _pieces_of(self, geometry: Geometry, traits: Traits) -> Pieces:
@@ -483,16 +487,15 @@ class Executor:
     def _send(self, addresses: Sequence[int], idle: bool) -> None:
         """What is new in this step; ``idle`` where the tensors have no gradients."""
         self.grads.send(addresses or [0] * len(self.params))
-        self.numbers.send_mixed(
+        self.numbers.send_rows(
             [
-                number
+                (numbers_row(cohort, eps1, self.math_dtype, idle), cohort.counts)
                 for cohort, eps1 in self.cohorts
-                for number in numbers_row(cohort, eps1, self.math_dtype, idle)
             ]
         )
-        if any(traits.draws for traits in self.traits):
-            self.integers.send_mixed(
-                [x for cohort, _ in self.cohorts for x in integers_row(cohort)]
+        if self.draws:
+            self.integers.send_rows(
+                [(integers_row(cohort), cohort.counts) for cohort, _ in self.cohorts]
             )
 
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from fused_adafactor.checkpoint import hooked_load, ids_of, without_functions
 from fused_adafactor.counting import Cells
-from fused_adafactor.fingerprint import Fingerprint
+from fused_adafactor.fingerprint import Fingerprint, fingerprint_of, gradients_of
 from fused_adafactor.joining import joins
 from fused_adafactor.metrics import Metrics
 from fused_adafactor.optimizer import AdafactorBase
@@ -351,15 +351,15 @@ class CPUOffload(torch.optim.Optimizer):
         """Check a step of all before any is stepped, unless nothing has changed since the last."""
         host = self._host
         rules = host._rules(range(len(host.param_groups)))
-        found = host._fingerprint(rules, None)
+        concern = host._concern(rules, None)
+        grads = gradients_of(concern.params)
         if (
             self._checked is None
-            or found is None
-            or not self._checked.matches(found[0])
+            or not self._checked.matches(concern, grads)
             or not all(map(_is_count, Cells(self._counters()).read()))  # it sees no values
         ):
             host._draft(rules, host._ids())
-        self._checked = None if found is None else found[0]
+            self._checked = fingerprint_of(concern, grads)
 
     def _counters(self) -> list[Tensor]:
         """The step counters that parameters have of their own."""

@@ -11,13 +11,14 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from fused_adafactor.binding import Cohort
 from fused_adafactor.checkpoint import CheckpointedOptimizer, check_group
 from fused_adafactor.counting import Clock, counter_device, next_call, number_of
 from fused_adafactor.engine import Prepared, Task
-from fused_adafactor.fingerprint import Fingerprint, fingerprint_of
+from fused_adafactor.fingerprint import Concern, Fingerprint, fingerprint_of, gradients_of
 from fused_adafactor.plan import Activity
 from fused_adafactor.rule import Rule, Scalars, StepCount
 from fused_adafactor.schedule import Number
@@ -157,8 +158,9 @@ class PreparingOptimizer(CheckpointedOptimizer):
         """
         if known is None:
             return None
-        found = self._fingerprint(rules, some)
-        if found is None or not known.fingerprint.matches(found[0]):
+        concern = self._concern(rules, some)
+        grads = gradients_of(concern.params)
+        if not known.fingerprint.matches(concern, grads):
             return None
         own_rules = self._own_rules(known.group_rules, known.ids, known.params)
         if own_rules != known.own_rules:
@@ -167,23 +169,21 @@ class PreparingOptimizer(CheckpointedOptimizer):
         if any(call is None for call in calls):
             return None
         self._evaluate(known.prepared.cohorts, known.groups, cast("list[Number]", calls))
-        return known.prepared, found[1]
+        return known.prepared, grads.parts
 
-    def _fingerprint(
-        self, rules: Mapping[int, Rule], some: Sequence[Placed] | None
-    ) -> tuple[Fingerprint, list[Tensor]] | None:
-        """What a step depends on, and the gradients; see ``fingerprint_of``."""
+    def _concern(self, rules: Mapping[int, Rule], some: Sequence[Placed] | None) -> Concern:
+        """What a step depends on."""
         if some is None:
             groups: Sequence[Mapping[str, Any]] = self.param_groups
             params = list(chain.from_iterable(group["params"] for group in groups))
             places: list[Any] = [(len(g["params"]), list(g.get("param_names", ()))) for g in groups]
             mirrors = list(self._mirrors.values())
-            return fingerprint_of(params, places, groups, list(rules.values()), self.state, mirrors)
+            return Concern(params, places, groups, list(rules.values()), self.state, mirrors)
         groups = [self.param_groups[number] for number in rules]
         _, params, places = map(list, zip(*some, strict=True))
         state = {param: self.state[param] for param in params if param in self.state}
         mirrors = [self._mirrors[param] for param in params if param in self._mirrors]
-        return fingerprint_of(params, places, groups, list(rules.values()), state, mirrors)
+        return Concern(params, places, groups, list(rules.values()), state, mirrors)
 
     def _own_rules(
         self, group_rules: list[Rule], ids: list[TensorId], params: list[Tensor]
@@ -232,38 +232,39 @@ class PreparingOptimizer(CheckpointedOptimizer):
             The step, and what to remember of it if it can be recalled at all.
         """
         groups: list[int] = []
-        calls: list[Number] = []
-        members: dict[Any, tuple[Cohort, list[Draft]]] = {}
+        # Of each cohort, and the numbers of the call by its counters.
+        members: dict[Any, tuple[Cohort, list[Draft], dict[int, Number]]] = {}
         equal: dict[Rule, Rule] = {}
         for draft in drafts:
             group, spec, rule, has_grad, param, _ = draft
             counted = self._counter(group, rule, param)
             call = next_call(group, counted, param)
-            # What a device counts is not known here: the counter itself stands for it.
-            step = id(param if counted is None else counted) if isinstance(call, Tensor) else call
+            # What a device counts is not known here, so what follows from it is a vector.
+            step = call.device if isinstance(call, Tensor) else call
             rule = equal.setdefault(rule, rule)
-            key = (spec.id.group, id(rule), spec.device, has_grad, isinstance(call, Tensor), step)
+            key = (spec.id.group, id(rule), spec.device, has_grad, step)
             if key not in members:
                 cohort = Cohort(
                     rule=rule, seed=group["seed"], device=spec.device, has_grad=has_grad
                 )
-                members[key] = cohort, []
+                members[key] = cohort, [], {}
                 groups.append(spec.id.group)
-                calls.append(call)
             members[key][1].append(draft)
-        cohorts = [cohort for cohort, _ in members.values()]
+            members[key][2].setdefault(id(param if counted is None else counted), call)
+        cohorts = [cohort for cohort, *_ in members.values()]
+        calls = [_call_of(cohort, list(each.values())) for cohort, _, each in members.values()]
         self._evaluate(cohorts, groups, calls)
         tasks: dict[int, Task] = {}
         clocks = []
-        for (cohort, mine), call in zip(members.values(), calls, strict=True):
-            counters = {}
+        for (cohort, mine, _), call in zip(members.values(), calls, strict=True):
+            counters: dict[int, tuple[int, Tensor]] = {}  # by id, each with its number
             for group, spec, rule, _, param, zeros in mine:
                 device = counter_device(group, param)
                 part, join = local_of(param), joiner(param)
                 init_state(self.state[param], spec, rule, self.layout, part, device, join)
                 counted = self._counter(group, rule, param)
                 assert counted is not None
-                counters[id(counted)] = counted
+                number, _ = counters.setdefault(id(counted), (len(counters), counted))
                 tasks[spec.id.index] = Task(
                     spec=spec,
                     cohort=cohort,
@@ -271,27 +272,29 @@ class PreparingOptimizer(CheckpointedOptimizer):
                     param=part,
                     state=self.state[param],
                     counter=counted,
+                    count=number if isinstance(call, Tensor) else 0,
                     mirror=self._mirrors.get(param),
                     zeros=zeros,
                 )
-            clocks.append(Clock(list(counters.values()), not isinstance(call, Tensor)))
+            each = [counter for _, counter in counters.values()]
+            clocks.append(Clock(each, not isinstance(call, Tensor)))
         prepared = Prepared(
             tasks=[tasks[draft.spec.id.index] for draft in drafts],
             cohorts=cohorts,
             clocks=clocks,
             is_partial=some is not None,
         )
-        given = [draft.param.grad for draft in drafts if draft.param.grad is not None]
-        grads = list(map(local_of, given))
-        found = self._fingerprint(rules, some)
-        if found is None:
-            return (prepared, grads), None
+        concern = self._concern(rules, some)
+        found = gradients_of(concern.params)
+        fingerprint = fingerprint_of(concern, found)
+        if fingerprint is None:
+            return (prepared, found.parts), None
         placed = list(self._ids() if some is None else some)
         params, ids = [param for _, param, _ in placed], [id for *_, id in placed]
         group_rules = [rules[id.group] for id in ids]
         own_rules = self._own_rules(group_rules, ids, params)
-        known = Known(prepared, found[0], groups, ids, params, group_rules, own_rules)
-        return (prepared, grads), known
+        known = Known(prepared, fingerprint, groups, ids, params, group_rules, own_rules)
+        return (prepared, found.parts), known
 
     def _evaluate(
         self, cohorts: Sequence[Cohort], groups: Sequence[int], calls: Sequence[Number]
@@ -350,6 +353,15 @@ class PreparingOptimizer(CheckpointedOptimizer):
             part, device, join = local_of(param), counter_device(group, param), joiner(param)
             init_state(self.state[param], spec, rule, self.layout, part, device, join)
         return True
+
+
+def _call_of(cohort: Cohort, calls: Sequence[Number]) -> Number:
+    """The number of a call for a cohort, from that of each of its counters."""
+    on_device = [call for call in calls if isinstance(call, Tensor)]
+    if not on_device:
+        return calls[0]  # all are the same
+    cohort.counts = len(on_device)
+    return torch.stack(on_device)
 
 
 def _is_zero(lr: float | Tensor | Callable[..., Any] | None) -> bool:

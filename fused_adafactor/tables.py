@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ def _block_line(geometry: Geometry) -> int:
 
 
 def numbers_row(cohort: Cohort, eps1: float, math_dtype: torch.dtype, idle: bool) -> list[Number]:
-    """The numbers of a rule at this step, floats or 0-d tensors of the device.
+    """The numbers of a rule at this step: floats, or 0-d tensors or vectors of the device.
 
     Args:
         cohort: Of tensors.
@@ -189,7 +188,7 @@ class Sent:
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device, spares: bool) -> None:
         """Make the copy, and buffers for captures: none can be made during one."""
         self.on_device = torch.zeros(count, dtype=dtype, device=device)
-        self._last: Sequence[float] | None = None
+        self._last: object = None
         self._captured: list[Tensor] = []
         self._spares: list[Tensor] = []
         self._keeps_spares = spares and device.type == "cuda"
@@ -202,24 +201,34 @@ class Sent:
 
     def send(self, numbers: Sequence[float]) -> None:
         """Bring the copy up to date."""
+        self._renew(numbers, lambda: numbers)
+
+    def _renew(self, what: object, numbers: Callable[[], Sequence[float]]) -> None:
+        """Send numbers, unless they are those of the last time; ``what`` tells them apart."""
         if is_capturing(self.on_device.device):
-            self._send_captured(numbers)
-        elif numbers != self._last or self._captured:
+            self._send_captured(numbers())
+        elif what != self._last or self._captured:
             self._restock()
-            host = torch.tensor(numbers, dtype=self.on_device.dtype, device="cpu")
+            host = torch.tensor(numbers(), dtype=self.on_device.dtype, device="cpu")
             # Small pageable memory is staged before the call returns: nothing waits for it.
             self.on_device.copy_(host, non_blocking=True)
-            self._last = numbers
+            self._last = what
 
-    def send_mixed(self, numbers: Sequence[Number]) -> None:
-        """The same where some are tensors of the device, which the host is not asked for."""
-        there = [(n, value) for n, value in enumerate(numbers) if isinstance(value, Tensor)]
-        if not there:
-            return self.send(cast("Sequence[float]", numbers))
-        host = [0.0 if isinstance(number, Tensor) else number for number in numbers]
-        self.send(host)
-        for n, value in there:
-            self.on_device[n].copy_(value.reshape(()), non_blocking=True)
+    def send_rows(self, rows: Sequence[tuple[Sequence[Number], int]]) -> None:
+        """The same for a table: rows, each with how many of it follow each other.
+
+        A number may be a tensor of the device, which the host is not asked for: one value, or a
+        vector with one for each time that its row comes.
+        """
+        host = [([0.0 if isinstance(x, Tensor) else x for x in row], times) for row, times in rows]
+        self._renew(host, lambda: [x for row, times in host for x in row * times])
+        begin = 0
+        for row, times in rows:
+            for column, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    place = self.on_device.view(-1, len(row))[begin : begin + times, column]
+                    place.copy_(value, non_blocking=True)
+            begin += times
 
     def _send_captured(self, numbers: Sequence[float]) -> None:
         if not self._spares:

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_adafactor import building
 from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
 from fused_adafactor.fields import DTYPES
 from fused_adafactor.metrics import Outcome
+from fused_adafactor.native import LIBRARY_ENVIRONMENT, library_path, load_library
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import (
@@ -47,9 +47,7 @@ from fused_adafactor.slabs import (
 )
 from fused_adafactor.spec import TensorSpec
 
-ABI_VERSION = 7
 ISA_ENVIRONMENT = "FUSED_ADAFACTOR_ISA"
-LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 ENVIRONMENTS = (ISA_ENVIRONMENT, LIBRARY_ENVIRONMENT)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 _MAX_DIMS = 8
@@ -137,7 +135,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: It was built for another version of this package.
         ValueError: FUSED_ADAFACTOR_ISA names no instruction set of this machine.
     """
-    native = building.load_library(_library_path(), "fused_adafactor_abi_version", ABI_VERSION)
+    native = load_library()
     native.fused_adafactor_run.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64),  # items
         *(ctypes.c_void_p, ctypes.c_int64),  # tensors
@@ -154,11 +152,6 @@ def library() -> ctypes.CDLL:
                 f"got {wanted!r}"
             )
     return native
-
-
-def _library_path() -> Path:
-    named = os.environ.get(LIBRARY_ENVIRONMENT)
-    return Path(named) if named else building.find_library("cpp")
 
 
 def missing() -> str | None:
@@ -191,7 +184,7 @@ def refusal(device: torch.device) -> str | None:
 def facts() -> dict[str, str | int]:
     """The library, the instruction set that it uses, and the threads that a step takes."""
     return {
-        "library": _library_path().name,
+        "library": library_path().name,
         "isa": ISAS[library().fused_adafactor_isa()],
         "threads": torch.get_num_threads(),
     }
@@ -229,6 +222,7 @@ class _Executor:
         )
         self.math_dtype = bindings[0].planned.spec.math_dtype
         rules: dict[tuple[int, float], int] = {}
+        count_of_rules = 0
         self.cohorts: list[tuple[Cohort, float]] = []
         for record, b, geometry in zip(self.tensors, bindings, self.geometries, strict=True):
             _fill_geometry(record, b, geometry)
@@ -237,11 +231,12 @@ class _Executor:
             eps1 = b.rule.eps1_of(b.planned.spec.param_dtype, b.planned.spec.math_dtype)
             key = (id(b.cohort), eps1)
             if key not in rules:
-                rules[key] = len(self.cohorts)
+                rules[key] = count_of_rules
+                count_of_rules += b.cohort.counts
                 self.cohorts.append((b.cohort, eps1))
-            record.rule = rules[key]
-        self.grad_scales = [0.0] * len(self.cohorts)
-        self.rules = (_Rule * len(self.cohorts))()
+            record.rule = rules[key] + b.count
+        self.grad_scales = [0.0] * count_of_rules
+        self.rules = (_Rule * count_of_rules)()
         sizes = [_scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)]
         place = self._share_scratch if len(segments) == 1 else self._spread_scratch
         self.scratch = torch.empty(place(sizes), dtype=torch.uint8, device="cpu")
@@ -316,9 +311,10 @@ class _Executor:
         """Hand items to the library; ``idle`` where the tensors have no gradients."""
         self._send_numbers(idle)
         grads = self._laid_out(exchange.grads)
-        addresses = array("Q", list(map(Tensor.data_ptr, grads)) or [0] * len(self.params))
-        if grads and 0 in addresses and any(g.numel() and not g.data_ptr() for g in grads):
+        pointers = list(map(Tensor.data_ptr, grads)) or [0] * len(self.params)
+        if grads and not all(pointers) and any(g.numel() and not g.data_ptr() for g in grads):
             raise RuntimeError("a gradient has no memory: its storage was freed")
+        addresses = array("Q", pointers)
         factor, skip = exchange.grad_factor, exchange.skip
         if factor is not None:
             factor = factor.to(torch.float64).contiguous()
@@ -340,9 +336,11 @@ class _Executor:
 
     def _send_numbers(self, idle: bool) -> None:
         """Fill in the rules' numbers of this step."""
-        scales = [float(cohort.grad_scale) for cohort, _ in self.cohorts]
-        for record, (cohort, eps1) in zip(self.rules, self.cohorts, strict=True):
-            _fill_rule(record, cohort, eps1)
+        scales = []
+        sent = [(cohort, eps1, each) for cohort, eps1 in self.cohorts for each in cohort.on_host()]
+        for record, (cohort, eps1, scalars) in zip(self.rules, sent, strict=True):
+            scales.append(float(cohort.grad_scale))
+            _fill_rule(record, cohort, scalars, eps1)
             if idle and not cohort.rule.overwrites_without_grad:
                 record.overwrite_with_average = 0
         if scales != self.grad_scales:
@@ -465,8 +463,8 @@ def _fill_geometry(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.measures_param_rms = b.rule.measures_param_rms
 
 
-def _fill_rule(record: _Rule, cohort: Cohort, eps1: float) -> None:
-    rule, scalars = cohort.rule, cohort.scalars
+def _fill_rule(record: _Rule, cohort: Cohort, scalars: Scalars, eps1: float) -> None:
+    rule = cohort.rule
     record.seed, record.step = cohort.seed, int(scalars.t)
     _fill_numbers(record, rule, scalars, eps1)
     clip, average, decay = rule.grad_clip, rule.weight_average, rule.weight_decay

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from fused_adafactor.cli.progress import ProgressBar
@@ -172,14 +172,20 @@ def _obstacle() -> str | None:
 
 
 def work_of(cases: Mapping[Case, Sequence[str]], targets: Sequence[str]) -> list[Work]:
-    """The kernels of cases, each once, for those of their targets that are wanted."""
-    from fused_adafactor.cli.kernel_cases import ONE, sources_of_case
+    """The kernels of cases, each once, for those of their targets that are wanted.
+
+    Cases of one target are for the first one where that is not wanted, in the form that kernels are
+    launched in there.
+    """
+    from fused_adafactor.cli.kernel_cases import AMD, ONE, sources_of_case
 
     work: dict[tuple[Source, str], Work] = {}
     for case, its_targets in cases.items():
         chosen = [target for target in targets if target in its_targets]
         if not chosen and its_targets == ONE:
             chosen = [targets[0]]
+            if targets[0] in AMD:
+                case = replace(case, launch_form="phases")
         for name, source in sources_of_case(case) if chosen else ():
             for target in chosen:
                 work.setdefault((source, target), Work(name, source, target))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ COMPILED = [
     ("torch/defaults bfloat16 tiny_matrices phases", "sm_90"),
     ("torch/bfloat16_state bfloat16 tiny_matrices persistent", "sm_90"),
     ("adafactor_pytorch/bfloat16_state bfloat16 model persistent", "sm_90"),
+    ("adafactor_pytorch/defaults bfloat16 model phases", "gfx942"),
+    ("torch/defaults bfloat16 small_lines phases", "gfx942"),
 ]
 
 
@@ -50,6 +53,20 @@ def test_no_spills_and_wide_accesses(name: str, target: str) -> None:
         assert isinstance(kernel, codegen.Kernel), kernel
         faults += [f"{kernel.kernel} {fault}" for fault in kernel.faults()]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+def test_a_target_does_not_change_what_is_made_for_another() -> None:
+    """Sweeps are called on NVIDIA and inlined on AMD, also where one process compiles for both."""
+    name = "adafactor_pytorch/defaults bfloat16 model phases"
+    (first,) = [work for work in work_named(name, "sm_90") if "apply" in work.name]
+    made = []
+    for target in ("sm_90", "gfx942", "sm_90"):
+        kernel = codegen.compile_one(replace(first, target=target))
+        assert isinstance(kernel, codegen.Kernel), kernel
+        made.append(replace(kernel, seconds=0.0))
+    assert made[0] == made[2]
+    assert made[1].spill_bytes == 0
 
 
 def test_json_is_one_record(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,3 +158,11 @@ def test_reads_accesses_of_amd(instruction: str, widest: int) -> None:
     counts = "\n    .private_segment_fixed_size: 12\n    .vgpr_count:     70\n"
     read: Any = offline._amd({"amdgcn": f"  {instruction}\n{counts}"})
     assert read == (70, 12, widest)
+
+
+def test_what_is_for_one_target_is_compiled_in_the_form_of_that_target() -> None:
+    found = {case: its for case, its in default_cases().items() if case.rule == "kahan"}
+    for target, form in (("sm_90", "persistent"), ("gfx942", "phases")):
+        names = [work.name for work in codegen.work_of(found, [target])]
+        assert names
+        assert all(f" {form} " in name for name in names)

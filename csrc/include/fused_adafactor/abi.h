@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
@@ -154,6 +154,13 @@ struct Item {
   int32_t kind, tensor, slab, pad;
 };
 
+// What layouts.cpp calls.
+struct Interpreter {
+  void* (*item)(void* list, intptr_t number);                                      // PyList_GetItem
+  int32_t (*next)(void* dict, intptr_t* position, void** key, void** value);       // PyDict_Next
+  int32_t (*look)(void* object, void* seen);  // dltensor_from_py_object_no_sync of torch's DLPack exchange table
+};
+
 }  // namespace fused_adafactor
 
 extern "C" {
@@ -171,6 +178,14 @@ int32_t fused_adafactor_run(const fused_adafactor::Item* items, int64_t count, f
                             int64_t tensor_count, const void* const* grads, const double* grad_factors,
                             uint8_t* skips, const fused_adafactor::Rule* rules, void* scratch, int32_t threads,
                             fused_adafactor::Outcome* outcomes);
+// Note what there is of tensors, in up to `capacity` numbers: of the `count` of a Python list, or for -1 of a dict of
+// dicts. How each lies; of a dict, or if `itself`, also which it is and where. Returns how many numbers that takes, or
+// -1 with an exception set. Both are called with Python's lock held.
+int64_t fused_adafactor_note(const fused_adafactor::Interpreter* python, void* things, int64_t count, int32_t itself,
+                             int64_t* notes, int64_t capacity);
+// Whether that would note the same: 1 or 0, or 0 with an exception set.
+int32_t fused_adafactor_is_as_noted(const fused_adafactor::Interpreter* python, void* things, int64_t count,
+                                    int32_t itself, const int64_t* notes, int64_t noted);
 #pragma GCC visibility pop
 }
 

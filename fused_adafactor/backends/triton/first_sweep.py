@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
+from fused_adafactor.backends.triton.calls import sweep
 from fused_adafactor.backends.triton.formulas import inverse, inverse_root
 from fused_adafactor.backends.triton.memory import (
     clipped,
@@ -27,7 +28,7 @@ from fused_adafactor.backends.triton.update import (
 )
 
 
-@triton.jit(noinline=True)
+@sweep
 def sum_chunk(row, rule, grad, scratch, unit, V: tl.constexpr):
     """Σ_j g² of the lines of a slab, over the columns of one chunk."""
     chunks = tl.load(row + f.CHUNKS)
@@ -59,7 +60,7 @@ def _sum_of_chunks(row, scratch, line, mask, V: tl.constexpr):
     return total
 
 
-@triton.jit(noinline=True)
+@sweep
 def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constexpr):
     """Sums over a slab of lines of matrices, along them and across; final second moments of lines.
 
@@ -134,7 +135,7 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
     _store_sums(row, scratch, unit, tl.sum(grad_sq, 0), tl.sum(param_sq, 0), 0.0)
 
 
-@triton.jit(noinline=True)
+@sweep
 def sum_flat(row, rule, integers, grad, scratch, unit, TINY: tl.constexpr, V: tl.constexpr):
     """Sums over elements that have no lines: of an unfactored tensor, or of tiny matrices."""
     TILE: tl.constexpr = V.TINY_TILE if TINY else V.FLAT_TILE

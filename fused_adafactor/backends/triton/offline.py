@@ -22,6 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from fused_adafactor.backends.triton.calls import calls_as_on
 from fused_adafactor.backends.triton.kernel import step
 from fused_adafactor.backends.triton.launcher import TritonKernel
 from fused_adafactor.backends.triton.variants import Variant
@@ -110,7 +111,8 @@ def compile_for(source: Source, target: str) -> Report:
     options = dict(source.options)
     if gpu.backend != "cuda":
         options.pop("maxnreg", None)  # there is no such option
-    kernel = triton.compile(ast, target=gpu, options=options)
+    with calls_as_on(gpu.backend):
+        kernel = triton.compile(ast, target=gpu, options=options)
     seconds = time.perf_counter() - start
     read = _nvidia if gpu.backend == "cuda" else _amd
     registers, spill, widest = read(kernel.asm)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
 from fused_adafactor.backends.triton.blocks import write_blocks
+from fused_adafactor.backends.triton.calls import sweep
 from fused_adafactor.backends.triton.first_sweep import elements_of, flat_factors
 from fused_adafactor.backends.triton.formulas import (
     inverse_root,
@@ -49,7 +50,7 @@ def _line_factors(row, scratch, line, mask, V: tl.constexpr):
     return inverse_root(quotient(x, norm)), x
 
 
-@triton.jit(noinline=True)
+@sweep
 def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V: tl.constexpr):
     """Σ u² of those lines of a slab for which it is not known, less what was counted for them."""
     TILE_LINES: tl.constexpr = (V.FLAT_TILE + SPAN - 1) // SPAN
@@ -95,7 +96,7 @@ def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V:
     tl.store(sums + f.UNIT_UPDATE_SQ, tl.sum(total, 0))
 
 
-@triton.jit(noinline=True)
+@sweep
 def measure_flat(
     row, rule, integers, grad, factor, scratch, unit, TINY: tl.constexpr, V: tl.constexpr
 ):
@@ -116,7 +117,7 @@ def measure_flat(
     tl.store(sums + f.UNIT_UPDATE_SQ, tl.sum(tl.sum(total, 1), 0).to(tl.float64))
 
 
-@triton.jit(noinline=True)
+@sweep
 def apply_lines(
     row, rule, integers, grad, factor, scratch, outcome, unit, SPAN: tl.constexpr, V: tl.constexpr
 ):
@@ -159,7 +160,7 @@ def apply_lines(
                 tl.store(place + col, round_nearest(cross, V.MOMENT), mask=col < last_col)
 
 
-@triton.jit(noinline=True)
+@sweep
 def apply_flat(
     row, rule, integers, grad, factor, outcome, unit, TINY: tl.constexpr, V: tl.constexpr
 ):
