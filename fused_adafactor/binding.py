@@ -128,6 +128,12 @@ class Binding:
         """What the raw gradient is multiplied by when it is read."""
         return self.cohort.grad_scale
 
+    @property
+    def says_update_sq(self) -> bool:
+        """Whether it says what it knows of Σu²: what follows from all rows, one process says."""
+        sent = self.sums and "col_weighted" in self.sums[0]
+        return not sent or self.planned.spec.has_first_row
+
     def rounding_key(self, stream: Stream) -> RoundingKey:
         """Key of stochastic rounding in this step."""
         t = self.scalars.t
@@ -164,6 +170,31 @@ class Exchange:
     param_rms: Tensor | None = None
     wants_param_rms: bool = False
     scratch: Any = None
+
+
+def sums_of(b: Binding, swapped: bool) -> dict[str, Tensor]:
+    """Where its sums over processes lie in an update, by the names that kernels know them by.
+
+    Those of rows and columns are called ``line_sq``, ``cross_sq`` and ``weighted``, by what lines
+    are; Σ u² is ``update_sq`` if it is taken after ``STATS``, ``measured_sq`` before ``APPLY``.
+
+    Args:
+        b: The tensor.
+        swapped: Whether its lines are the columns of the matrix view.
+
+    Returns:
+        Nothing where it is whole, or not updated.
+    """
+    if len(b.sums) < 2:
+        return {}
+    names = {"row_sq": "line_sq", "col_sq": "cross_sq", "col_weighted": "weighted"}
+    if swapped:
+        names = {"row_sq": "cross_sq"}
+    first, second = b.sums
+    sums = {names.get(name, name): total for name, total in first.items() if name != "present"}
+    if "update_sq" in second:
+        sums["measured_sq"] = second["update_sq"]
+    return sums
 
 
 def memory_of(b: Binding, swapped: bool) -> dict[str, Tensor]:

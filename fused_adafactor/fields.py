@@ -74,7 +74,29 @@ MOMENT_DTYPE = 87
 EXP_AVG_DTYPE = 88
 SWITCHES = 89  # the bits below
 MIRROR = 90  # address; nobody writes one yet
-TENSOR_FIELDS = 91
+# Sums of a tensor that other processes have other parts of, in the math dtype: addresses in
+# messages, 0 for what is not sent. See ``binding.sums_of``.
+SHARED_GRAD_SQ = 91
+SHARED_PARAM_SQ = 92
+SHARED_UPDATE_SQ = 93  # taken with those above: the first segment finalizes the tensor
+SHARED_MEASURED_SQ = 94  # Σ u² too, taken before APPLY
+SHARED_ROW_VAR_SUM = 95  # [batch]
+SHARED_ROW_SQ_SUM = 96  # [batch]
+SHARED_LINE_SQ = 97  # [batch, rows]
+SHARED_CROSS_SQ = 98  # [batch, cols]
+SHARED_WEIGHTED = 99  # [batch, cols]
+SAYS_UPDATE_SQ = 100  # 1, or 0 where another process says what is known of all rows
+WHOLE_NUMEL = 101  # the parameter, of which a tensor may be a part: see ``slabs.WholeParameter``
+WHOLE_ROWS = 102  # lines of a matrix of it
+WHOLE_COLS = 103  # elements of such a line
+FIRST_ROW = 104
+FIRST_COL = 105
+FIRST_ELEMENT = 106
+FIRST_MATRIX = 107
+STACK_DIMS = 108
+STACK_SIZES = 109  # up to 8 each
+STACK_STRIDES = 117
+TENSOR_FIELDS = 125
 
 # Bits of a tensor's switches: see ``traits.Traits``.
 AMSGRAD_SWITCH = 0
@@ -93,6 +115,8 @@ WEIGHS_SWITCH = 12
 MOMENTUM_SWITCH = 13  # two bits
 WHOLE_BLOCKS_SWITCH = 15
 ACCUMULATES_SWITCH = 16
+SPLIT_SWITCH = 17
+RAW_LINES_SWITCH = 18
 
 # Counters of a tensor.
 STATS_DONE = 0
@@ -196,3 +220,5 @@ AVERAGE_KIND = 7
 MERGE_KIND = 8
 CHUNK_KIND = 9
 TOTAL_KIND = 10
+SHARE_KIND = 11
+SETTLE_KIND = 12

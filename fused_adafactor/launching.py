@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_adafactor import fields as f
-from fused_adafactor.binding import Binding, Cohort, Exchange
+from fused_adafactor.binding import Binding, Cohort, Exchange, sums_of
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.plan import Activity, Phase
 from fused_adafactor.slabs import Cut, Geometry, Item, ItemKind, geometry_of
@@ -34,9 +34,9 @@ from fused_adafactor.tables import (
 from fused_adafactor.tickets import (
     LAUNCH_COUNTERS,
     Pieces,
+    Sending,
     Ticket,
     Tuning,
-    kinds_of,
     launches_of,
     pieces_of,
     scratch_of,
@@ -207,6 +207,7 @@ class Executor:
         self._refuse_capture()
         self.launcher = launcher
         self.segments = segments
+        self.are_split = spec.is_split  # a plan has only such, or none
         self.params = [b.param for b in bindings]
         self.accumulators = [
             (number, b.accumulator)
@@ -218,7 +219,7 @@ class Executor:
         geometries = [geometry_of(b.planned.spec, launcher.tuning.cut) for b in bindings]
         self.traits = [traits_of(b, g) for b, g in zip(bindings, geometries, strict=True)]
         self.draws = any(traits.draws for traits in self.traits)
-        pieces = [self._pieces_of(g, t) for g, t in zip(geometries, self.traits, strict=True)]
+        pieces = list(map(self._pieces_of, bindings, geometries, self.traits))
         self.groups = self._groups(bindings, pieces)
         rows = self._rows(bindings, rules, pieces, shares=len(segments) == 1)
         capturable = any(isinstance(c.scalars.t, Tensor) for c, _ in self.cohorts)
@@ -232,7 +233,7 @@ class Executor:
         self.outcomes = torch.zeros((count, f.OUTCOMES), dtype=torch.float64, device=device)
         self.no_factors = torch.ones(count, dtype=self.math_dtype, device=device)
         self.no_skips = torch.zeros(count, dtype=torch.uint8, device=device)
-        self.launches: dict[object, list[tuple[Launch, Kernel]]] = {}
+        self.launches: dict[Sequence[Phase] | Activity, list[tuple[Launch, Kernel]]] = {}
 
     def _rules(self, bindings: Sequence[Binding]) -> list[int]:
         """The row of each tensor's rule: by its cohort, its own eps1, and the counter."""
@@ -250,13 +251,15 @@ class Executor:
             rules.append(numbers[key] + b.count)
         return rules
 
-    def _pieces_of(self, geometry: Geometry, traits: Traits) -> Pieces:
+    def _pieces_of(self, binding: Binding, geometry: Geometry, traits: Traits) -> Pieces:
         return pieces_of(
             geometry,
             self.launcher.tuning_of(traits),
             measures=traits.measures,
             amsgrad_or_clamp=traits.amsgrad or traits.clamps,
             norm_clipped=traits.norm_clipped,
+            raw_lines=traits.raw_lines,
+            sending=_sending(binding, geometry),
         )
 
     def _groups(self, bindings: Sequence[Binding], pieces: Sequence[Pieces]) -> list[_Group]:
@@ -338,7 +341,8 @@ class Executor:
         """Run phases, in order, of an update."""
         self._launch(self.launches_of(phases), exchange)
         if Phase.APPLY not in phases:
-            exchange.grad_sq = self.outcomes[:, f.GRAD_SQ].to(self.math_dtype, copy=True)
+            if not self.are_split:
+                exchange.grad_sq = self.outcomes[:, f.GRAD_SQ].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
             exchange.param_rms = self.outcomes[:, f.PARAM_RMS].to(self.math_dtype, copy=True)
 
@@ -356,20 +360,22 @@ class Executor:
 
     def launches_of(self, phases: Sequence[Phase]) -> list[tuple[Launch, Kernel]]:
         """What steps the tensors, in order; made when it is first asked for."""
-        kinds = kinds_of(phases)
-        joined = Phase.STATS not in phases
-        if kinds not in self.launches:
-            self.launches[kinds] = [
-                launch for group in self.groups for launch in self._launches(group, kinds, joined)
+        phases = tuple(phases)
+        if phases not in self.launches:
+            self.launches[phases] = [
+                launch for group in self.groups for launch in self._launches(group, phases)
             ]
-        return self.launches[kinds]
+        return self.launches[phases]
 
     def launches_of_activity(self, activity: Activity) -> list[tuple[Launch, Kernel]]:
         """The same for an activity that has no update."""
         kind = ItemKind.ACCUMULATE if activity is Activity.ACCUMULATE else ItemKind.AVERAGE
-        if kind not in self.launches:
-            self.launches[kind] = [self._activity_launch(group, kind) for group in self.groups]
-        return self.launches[kind]
+        if activity not in self.launches:
+            tickets = [(group, _each_unit(group.pieces, kind)) for group in self.groups]
+            self.launches[activity] = [
+                self._make(group, t, waits=False, joined=False) for group, t in tickets if t
+            ]
+        return self.launches[activity]
 
     def _drop_accumulated(self, skip: Tensor | None) -> None:
         for number, accumulator in self.accumulators:
@@ -378,21 +384,14 @@ class Executor:
             else:
                 accumulator.masked_fill_(~skip[number], 0.0)
 
-    def _launches(
-        self, group: _Group, kinds: Sequence[ItemKind], joined: bool
-    ) -> list[tuple[Launch, Kernel]]:
+    def _launches(self, group: _Group, phases: Sequence[Phase]) -> list[tuple[Launch, Kernel]]:
         waits, tuning = self.launcher.waits, self.launcher.tuning
+        joined = Phase.STATS not in phases
         if waits:
-            tickets = [tickets_of(group.pieces, group.waves, kinds, tuning)]
+            tickets = [tickets_of(group.pieces, group.waves, phases, tuning)]
         else:
-            tickets = list(launches_of(group.pieces, kinds, tuning))
+            tickets = list(launches_of(group.pieces, phases, tuning))
         return [self._make(group, t, waits, joined) for t in tickets if t]
-
-    def _activity_launch(self, group: _Group, kind: ItemKind) -> tuple[Launch, Kernel]:
-        tickets: list[Ticket] = [
-            [(kind, n, unit)] for n, p in enumerate(group.pieces) for unit in range(p.units)
-        ]
-        return self._make(group, tickets, waits=False, joined=False)
 
     def _refuse_capture(self) -> None:
         """Raise where tables cannot be made: nothing can be sent to them and kept."""
@@ -507,6 +506,20 @@ def bind(
     if bindings[0].cohort.activity is Activity.UPDATE:
         executor.prepare()
     return executor
+
+
+def _sending(b: Binding, geometry: Geometry) -> Sending | None:
+    """What of the sums of a tensor goes into messages; None where it is whole."""
+    if not b.planned.spec.is_split:
+        return None
+    sums = sums_of(b, geometry.swapped)
+    return Sending(
+        across="cross_sq" in sums, weighted="weighted" in sums, update_sq="update_sq" in sums
+    )
+
+
+def _each_unit(pieces: Sequence[Pieces], kind: ItemKind) -> list[Ticket]:
+    return [[(kind, n, unit)] for n, p in enumerate(pieces) for unit in range(p.units)]
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -57,7 +57,10 @@ CPU_CUT = Cut(
 
 
 class ItemKind(IntEnum):
-    """What an item does; the values are those of ``abi.h``, 9 and 10 are a GPU's."""
+    """What an item does; the values are those of ``abi.h``, 9 and 10 are a GPU's.
+
+    A CPU's ``SHARE`` puts all sums of a tensor into messages, a GPU's only those across lines.
+    """
 
     WHOLE = 0
     STATS = 1
@@ -69,9 +72,9 @@ class ItemKind(IntEnum):
     AVERAGE = 7
     MERGE = 8
     CHUNK = 9  # sums along very long lines, chunk by chunk
-    TOTAL = 10  # the norm of the gradient
-    SHARE = 11
-    SETTLE = 12
+    TOTAL = 10  # sums of a tensor that something waits for: a norm, or a message
+    SHARE = 11  # sums that go into a message
+    SETTLE = 12  # RMS(u) from a message
 
 
 Item = tuple[ItemKind, int, int]  # kind, tensor, slab or part or strip

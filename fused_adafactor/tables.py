@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fused_adafactor import fields as f
-from fused_adafactor.binding import Binding, Cohort, memory_of
+from fused_adafactor.binding import Binding, Cohort, memory_of, sums_of
 from fused_adafactor.blocks import BLOCK
 from fused_adafactor.rule import DecayFactor, Eps1Rule, GradClipKind
 from fused_adafactor.schedule import Number
-from fused_adafactor.slabs import Form, Geometry
+from fused_adafactor.slabs import Form, Geometry, whole_of
 from fused_adafactor.tickets import Pieces, Scratch
 from fused_adafactor.traits import Traits, lossless
 
@@ -74,6 +74,18 @@ def tensor_row(
     put(f.MOMENT_DTYPE, f.DTYPES[traits.moment_dtype])
     put(f.EXP_AVG_DTYPE, f.DTYPES[traits.exp_avg_dtype])
     put(f.SWITCHES, switches_of(traits))
+    for name, tensor in sums_of(b, geometry.swapped).items():
+        put(getattr(f, f"SHARED_{name.upper()}"), tensor.data_ptr())
+    put(f.SAYS_UPDATE_SQ, b.says_update_sq)
+    whole = whole_of(spec, geometry)
+    put(f.WHOLE_NUMEL, spec.whole_numel)
+    for name in ("rows", "cols"):
+        put(getattr(f, f"WHOLE_{name.upper()}"), getattr(whole, name))
+    for name in ("first_row", "first_col", "first_element", "first_matrix"):
+        put(getattr(f, name.upper()), getattr(whole, name))
+    put(f.STACK_DIMS, len(whole.stack))
+    put(f.STACK_SIZES, *(size for size, _ in whole.stack))
+    put(f.STACK_STRIDES, *(stride for _, stride in whole.stack))
     return row
 
 
@@ -85,6 +97,8 @@ def switches_of(traits: Traits) -> int:
         f.PARAM_RMS_SWITCH: traits.param_rms,
         f.SKIPS_SWITCH: traits.skips,
         f.NORM_CLIPPED_SWITCH: traits.norm_clipped,
+        f.SPLIT_SWITCH: traits.split,
+        f.RAW_LINES_SWITCH: traits.raw_lines,
         f.VALUE_CLIP_SWITCH: traits.value_clip,
         f.AVERAGES_SWITCH: traits.averages,
         f.STOCHASTIC_SWITCH: traits.stochastic,

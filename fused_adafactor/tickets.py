@@ -87,6 +87,21 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Sending:
+    """What of the sums of a tensor goes into messages, which other processes add theirs to.
+
+    Attributes:
+        across: Sums across the lines of its matrices.
+        weighted: Those of num² / line too, of all lines: Σ u² follows from nothing else.
+        update_sq: Σ u² after the first segment, in which the tensor is then finalized.
+    """
+
+    across: bool
+    weighted: bool
+    update_sq: bool
+
+
+@dataclass(frozen=True)
 class Pieces:
     """What a tensor is cut into.
 
@@ -104,6 +119,7 @@ class Pieces:
         part_lines: Lines of a part.
         whole: Stepped by one program.
         third_sweep: Whether Σ u² may take one; ``seldom`` or ``often``, or None.
+        sending: Into messages, where it is split over processes; else None.
     """
 
     geometry: Geometry
@@ -116,6 +132,7 @@ class Pieces:
     part_lines: int
     whole: bool
     third_sweep: str | None
+    sending: Sending | None
 
     @property
     def units(self) -> int:
@@ -145,8 +162,10 @@ def pieces_of(
     measures: bool,
     amsgrad_or_clamp: bool,
     norm_clipped: bool,
+    raw_lines: bool,
+    sending: Sending | None = None,
 ) -> Pieces:
-    """Cut a tensor.
+    """Cut a tensor, or a part of one, which may have no elements.
 
     Args:
         geometry: Its lines and slabs, by the cut of ``tuning``.
@@ -154,17 +173,20 @@ def pieces_of(
         measures: Whether RMS(u) is wanted.
         amsgrad_or_clamp: Whether something acts on each element of 1 / sqrt(v).
         norm_clipped: Whether the gradient is clipped by a norm that is known after the first sweep.
+        raw_lines: Whether the first sweep leaves lines as sums of g², without weights.
+        sending: Its sums that go into messages, where it is split.
     """
     g = geometry
     lined = g.form is Form.FACTORED
-    chunk = g.cols if g.cols <= tuning.widest or not lined else tuning.chunk
-    chunks = -(-g.cols // chunk)
+    chunk = max(1, g.cols) if g.cols <= tuning.widest or not lined else tuning.chunk
+    chunks = max(1, -(-g.cols // chunk))
     width = max(tuning.narrowest, _power_of_2(chunk)) if lined else 0
-    parts = -(-g.cols // tuning.cut.merge_columns)
+    parts = max(1, -(-g.cols // tuning.cut.merge_columns))
     unit = math.lcm(max(1, math.prod(g.matrix)), tuning.cut.aligned_lines)
     third_sweep = None
-    if measures and (lined or norm_clipped):
-        third_sweep = "often" if norm_clipped or amsgrad_or_clamp else "seldom"
+    if measures and (lined or norm_clipped) and not (sending and sending.weighted):
+        often = norm_clipped or amsgrad_or_clamp or (lined and raw_lines)
+        third_sweep = "often" if often else "seldom"
     return Pieces(
         geometry=g,
         width=width,
@@ -176,6 +198,7 @@ def pieces_of(
         part_lines=-(-g.rows // parts),
         whole=is_whole(g, tuning.cut),
         third_sweep=third_sweep,
+        sending=sending,
     )
 
 
@@ -227,12 +250,10 @@ Ticket = list[Item]
 
 # Kinds in the order of an update. Each is a launch of its own where items do not wait.
 FIRST_SWEEP = (ItemKind.CHUNK, ItemKind.STATS)
-AFTERWARDS = (
-    ItemKind.MERGE,
-    ItemKind.FINALIZE,
-    ItemKind.UPDATE_RMS,
-    ItemKind.MEASURE,
-    ItemKind.APPLY,
+MEASURED = (ItemKind.MERGE, ItemKind.FINALIZE, ItemKind.UPDATE_RMS, ItemKind.MEASURE)
+ORDER = (
+    *(*FIRST_SWEEP, ItemKind.SHARE, *MEASURED),
+    *(ItemKind.TOTAL, ItemKind.SETTLE, ItemKind.APPLY),
 )
 
 
@@ -241,7 +262,7 @@ def waves_of(sizes: Sequence[int], wave_bytes: int) -> list[list[int]]:
     waves: list[list[int]] = []
     room = 0
     for number, size in enumerate(sizes):
-        if size > room:
+        if size > room or not waves:
             waves.append([])
             room = wave_bytes
         waves[-1].append(number)
@@ -249,17 +270,29 @@ def waves_of(sizes: Sequence[int], wave_bytes: int) -> list[list[int]]:
     return waves
 
 
-def kinds_of(phases: Sequence[Phase]) -> tuple[ItemKind, ...]:
-    """What the items of these phases do, in order."""
-    if Phase.APPLY not in phases:
-        return (*FIRST_SWEEP, ItemKind.TOTAL)
-    return (*FIRST_SWEEP, *AFTERWARDS) if Phase.STATS in phases else AFTERWARDS
+def kinds_of(phases: Sequence[Phase], sending: Sending | None) -> tuple[ItemKind, ...]:
+    """What the items of a tensor do in these phases, in order.
+
+    A segment that ends with ``STATS`` leaves sums that somebody else adds up. What is split says
+    what it knows of Σ u² as soon as no other part of it has anything to do with that.
+    """
+    kinds: list[ItemKind] = []
+    at_once = sending is not None and sending.update_sq
+    if Phase.STATS in phases:
+        kinds += FIRST_SWEEP
+        if Phase.FINALIZE not in phases:
+            kinds += [*MEASURED, ItemKind.TOTAL] if at_once else [ItemKind.SHARE, ItemKind.TOTAL]
+    if Phase.FINALIZE in phases:
+        kinds += [ItemKind.FINALIZE] if at_once else MEASURED
+    if Phase.APPLY in phases:
+        kinds += [ItemKind.APPLY] if sending is None else [ItemKind.SETTLE, ItemKind.APPLY]
+    return tuple(kinds)
 
 
 def tickets_of(
     pieces: Sequence[Pieces],
     waves: Sequence[Sequence[int]],
-    kinds: Sequence[ItemKind],
+    phases: Sequence[Phase],
     tuning: Tuning,
 ) -> list[Ticket]:
     """Tickets in order, for programs that wait for each other.
@@ -268,39 +301,51 @@ def tickets_of(
     sums that are still being taken, and goes backwards, latest read first. A small tensor is one
     ticket.
     """
-    first = [kind for kind in kinds if kind in FIRST_SWEEP]
-    second = [kind for kind in kinds if kind not in FIRST_SWEEP]
+    items = [_items_of(number, p, phases) for number, p in enumerate(pieces)]
     tickets: list[Ticket] = []
     waiting: Sequence[int] = ()
     for wave in waves:
-        whole = [number for number in wave if pieces[number].whole]
-        tickets += [[i for kind in kinds for i in _items(pieces, number, kind)] for number in whole]
+        tickets += [_one_after_the_other(items[n]) for n in wave if pieces[n].whole]
         large = [number for number in wave if not pieces[number].whole]
-        tickets += [t for number in large for t in _first_sweep(pieces, number, first)]
-        tickets += _second_sweep(pieces, waiting, second, tuning)
+        tickets += [t for number in large for t in _first_sweep(items[number], pieces[number])]
+        tickets += _second_sweep(items, pieces, waiting, tuning)
         waiting = large
-    return tickets + _second_sweep(pieces, waiting, second, tuning)
+    return tickets + _second_sweep(items, pieces, waiting, tuning)
 
 
 def launches_of(
-    pieces: Sequence[Pieces], kinds: Sequence[ItemKind], tuning: Tuning
+    pieces: Sequence[Pieces], phases: Sequence[Phase], tuning: Tuning
 ) -> Iterator[list[Ticket]]:
     """Tickets launch by launch, for programs that do not wait: small tensors, then by kind."""
-    everything = range(len(pieces))
-    whole = [number for number in everything if pieces[number].whole]
-    large = [number for number in everything if not pieces[number].whole]
-    yield [[i for kind in kinds for i in _items(pieces, number, kind)] for number in whole]
-    for kind in kinds:
-        yield _of_kind(pieces, large, kind, tuning)
+    items = [_items_of(number, p, phases) for number, p in enumerate(pieces)]
+    yield [_one_after_the_other(items[n]) for n, p in enumerate(pieces) if p.whole]
+    large = [number for number, p in enumerate(pieces) if not p.whole]
+    for kind in ORDER:
+        yield _of_kind(items, pieces, large, kind, tuning)
 
 
-def _items(pieces: Sequence[Pieces], number: int, kind: ItemKind) -> list[Item]:
+Items = dict[ItemKind, list[Item]]
+
+
+def _items_of(number: int, pieces: Pieces, phases: Sequence[Phase]) -> Items:
+    """Items of a tensor in these phases, by kind, kinds and items in order."""
+    kinds = kinds_of(phases, pieces.sending)
+    return {kind: _items(number, pieces, kind) for kind in ORDER if kind in kinds}
+
+
+def _one_after_the_other(items: Items) -> Ticket:
+    return [item for of_kind in items.values() for item in of_kind]
+
+
+def _items(number: int, pieces: Pieces, kind: ItemKind) -> list[Item]:
     """Items of one kind of one tensor, in order."""
-    p = pieces[number]
+    p = pieces
     count = p.units
     if kind is ItemKind.MERGE:
         count = p.merges
-    elif kind in (ItemKind.FINALIZE, ItemKind.TOTAL):
+    elif kind is ItemKind.SHARE:
+        count = p.merges if p.sending and p.sending.across else 0
+    elif kind in (ItemKind.FINALIZE, ItemKind.TOTAL, ItemKind.SETTLE):
         count = 1
     elif kind is ItemKind.CHUNK:
         count = count if p.chunks > 1 else 0
@@ -312,25 +357,30 @@ def _items(pieces: Sequence[Pieces], number: int, kind: ItemKind) -> list[Item]:
     return [(kind, number, u) for u in (reversed(units) if kind is ItemKind.APPLY else units)]
 
 
-def _first_sweep(pieces: Sequence[Pieces], number: int, kinds: Sequence[ItemKind]) -> list[Ticket]:
+def _first_sweep(items: Items, pieces: Pieces) -> list[Ticket]:
     """Of one tensor; a unit's chunks are summed well before it is its turn."""
-    chunks, stats = (_items(pieces, number, kind) if kind in kinds else [] for kind in FIRST_SWEEP)
-    ahead = min(len(chunks), 16 * pieces[number].chunks)
-    items = chunks[:ahead]
+    chunks, stats = (items.get(kind, []) for kind in FIRST_SWEEP)
+    ahead = min(len(chunks), 16 * pieces.chunks)
+    ordered = chunks[:ahead]
     for place, item in enumerate(stats):
-        items += chunks[ahead + place : ahead + place + 1]
-        items.append(item)
-    return [[item] for item in items]
+        ordered += chunks[ahead + place : ahead + place + 1]
+        ordered.append(item)
+    return [[item] for item in ordered]
 
 
 def _second_sweep(
-    pieces: Sequence[Pieces], numbers: Sequence[int], kinds: Sequence[ItemKind], tuning: Tuning
+    items: Sequence[Items], pieces: Sequence[Pieces], numbers: Sequence[int], tuning: Tuning
 ) -> list[Ticket]:
-    return [ticket for kind in kinds for ticket in _of_kind(pieces, numbers, kind, tuning)]
+    kinds = [kind for kind in ORDER if kind not in FIRST_SWEEP]
+    return [ticket for kind in kinds for ticket in _of_kind(items, pieces, numbers, kind, tuning)]
 
 
 def _of_kind(
-    pieces: Sequence[Pieces], numbers: Sequence[int], kind: ItemKind, tuning: Tuning
+    items: Sequence[Items],
+    pieces: Sequence[Pieces],
+    numbers: Sequence[int],
+    kind: ItemKind,
+    tuning: Tuning,
 ) -> list[Ticket]:
     """Of many tensors; the second sweep takes the last of them first."""
     tickets: list[Ticket] = []
@@ -338,8 +388,8 @@ def _of_kind(
         size = 1
         if kind is ItemKind.UPDATE_RMS and pieces[number].third_sweep == "seldom":
             size = tuning.rms_units
-        elif kind is ItemKind.MERGE and pieces[number].geometry.slabs_per_matrix == 1:
-            size = tuning.merges
-        items = _items(pieces, number, kind)
-        tickets += [items[i : i + size] for i in range(0, len(items), size)]
+        elif kind in (ItemKind.SHARE, ItemKind.MERGE):
+            size = tuning.merges if pieces[number].geometry.slabs_per_matrix == 1 else 1
+        mine = items[number].get(kind, [])
+        tickets += [mine[i : i + size] for i in range(0, len(mine), size)]
     return tickets

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_adafactor.binding import Binding
 from fused_adafactor.rounding import Rounding
 from fused_adafactor.rule import Eps1Rule, GradClipKind, MomentumSite, Nonfinite
-from fused_adafactor.slabs import Form, Geometry
+from fused_adafactor.slabs import Form, Geometry, whole_of
 
 _SITES = {MomentumSite.GRAD: 1, MomentumSite.UPDATE: 2, MomentumSite.STEP: 3}
 
@@ -32,6 +32,9 @@ class Traits:
         param_rms: Whether RMS(p) is.
         skips: It is left as it is where its gradient is not finite.
         norm_clipped: Its gradient is clipped by a norm that is known after the first sweep.
+        split: Other processes have other parts of it.
+        raw_lines: The first sweep sums g² along lines, whose second moments come later: it is not
+            clipped yet, or other processes have other parts of each line.
         value_clip: It is clipped element by element.
         accumulates: It is averaged over several calls.
         averages: An EMA of the weights is kept.
@@ -39,9 +42,9 @@ class Traits:
         kahan: What rounding loses is kept.
         clamps: eps1 clamps v, and is not added to g².
         strided: Elements lie anywhere; otherwise one after the other, as they are numbered.
-        long: Some of them lie beyond the range of int32.
+        long: Some of them lie, or are numbered in the parameter, beyond the range of int32.
         aligned: Every line, and every array, begins at a multiple of 16 bytes.
-        whole_blocks: Eight neighbours share a Philox block.
+        whole_blocks: Eight neighbours share a Philox block, and in the order in which they lie.
         weighs: Whether the identity for Σ u² holds, so that the first sweep takes weighted sums.
     """
 
@@ -56,6 +59,8 @@ class Traits:
     param_rms: bool
     skips: bool
     norm_clipped: bool
+    split: bool
+    raw_lines: bool
     value_clip: bool
     accumulates: bool
     averages: bool
@@ -81,7 +86,9 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
     stochastic = rule.rounding is Rounding.STOCHASTIC and spec.param_dtype is torch.bfloat16
     row_major = _row_major(geometry.sizes)
     layouts = {geometry.strides, geometry.grad_strides, geometry.state_strides}
-    in_order = layouts == {row_major} and (not stochastic or geometry.logical == row_major)
+    numbered = geometry.logical == row_major
+    # Where it is split, numbers in the whole parameter are looked up apart from where it lies.
+    in_order = layouts == {row_major} and (numbered or spec.is_split or not stochastic)
 
     def last(strides: tuple[int, ...]) -> int:
         return sum(
@@ -93,6 +100,8 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
         by_16 = by_16 and geometry.cols % 16 == 0
     measures = rule.clip_threshold is not None
     norm_clipped = clip is not None and clip.kind is not GradClipKind.VALUE
+    raw_lines = norm_clipped or bool(spec.cols_over and not geometry.swapped)
+    blocks_lie_alike = numbered and whole_of(spec, geometry).first_element % 8 == 0
     return Traits(
         math_dtype=spec.math_dtype,
         param_dtype=spec.param_dtype,
@@ -105,6 +114,8 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
         param_rms=rule.measures_param_rms,
         skips=rule.nonfinite is Nonfinite.SKIP,
         norm_clipped=norm_clipped,
+        split=spec.is_split,
+        raw_lines=raw_lines,
         value_clip=clip is not None and clip.kind is GradClipKind.VALUE,
         accumulates=b.accumulator is not None,
         averages=b.average is not None,
@@ -112,10 +123,10 @@ def traits_of(b: Binding, geometry: Geometry) -> Traits:
         kahan=b.compensation is not None,
         clamps=rule.eps1_rule is Eps1Rule.CLAMP,
         strided=not in_order,
-        long=max(map(last, (row_major, *layouts, geometry.logical))) >= 2**31,
+        long=max(spec.whole_numel - 1, *map(last, layouts)) >= 2**31,
         aligned=by_16 and all(t.data_ptr() % 16 == 0 for t in _arrays(b)),
-        whole_blocks=by_16,
-        weighs=measures and not rule.amsgrad and not norm_clipped,
+        whole_blocks=by_16 and (blocks_lie_alike or not spec.is_split),
+        weighs=measures and not rule.amsgrad and not raw_lines,
     )
 
 

@@ -1,24 +1,11 @@
-// Between the sweeps: the sums of slabs become factors, and these the step size and RMS(u).
+// Between the sweeps: what is known of matrices becomes the step size and RMS(u), here or over all processes.
 
 #ifndef FUSED_ADAFACTOR_CUDA_FACTORS_CUH
 #define FUSED_ADAFACTOR_CUDA_FACTORS_CUH
 
-#include "memory.cuh"
-#include "shared.cuh"
+#include "merging.cuh"
 
 namespace fused_adafactor {
-
-constexpr double kInfinity = INFINITY;
-
-template <class M>
-__device__ __forceinline__ bool is_finite(M x) {
-  return x - x == M(0);
-}
-
-template <class M>
-__device__ __forceinline__ double* record_of_part(const Job<M>& job, int64_t matrix, int64_t part) {
-  return job.template in_scratch<double>(f::kPartSums) + (matrix * job.row[f::kParts] + part) * f::kPartFields;
-}
 
 template <class M>
 __device__ __forceinline__ double sum_of_units(Shared<M>& shared, int field) {
@@ -30,129 +17,32 @@ __device__ __forceinline__ double sum_of_units(Shared<M>& shared, int field) {
   return of_block<Sum>(total, shared.reduced);
 }
 
-// What the second moments of some lines of a matrix add up to.
-template <class M>
-__device__ __forceinline__ void finish_lines(Shared<M>& shared, int64_t matrix, int64_t part, bool norm_clipped) {
-  const Job<M>& job = shared.job;
-  const int64_t rows = job.row[f::kRows], length = job.row[f::kPartLines];
-  const int64_t begin = least(part * length, rows), end = least(begin + length, rows);
-  M* lines = job.template in_scratch<M>(f::kLines) + matrix * rows;
-  double total = 0, smallest = kInfinity, largest = 0;
-  for (int64_t line = begin + thread_number(); line < end; line += kThreads) {
-    M x = lines[line];
-    if (norm_clipped) {  // what was summed is the raw gradient: its norm was not known yet
-      const int64_t element = matrix * rows + line;
-      const void* line_var = reinterpret_cast<const void*>(job.row[f::kLineVar]);
-      const M old = read_one<M>(line_var, int(job.row[f::kMomentDtype]), element);
-      const uint32_t random = random_of_factor(job, element, false);
-      x = new_factor(job, old, x * (job.factor * job.factor), job.row[f::kCols], random);
-      lines[line] = x;
-    }
-    total += double(x);
-    if (x > M(0) && double(x) < smallest) smallest = double(x);
-    if (double(x) > largest) largest = double(x);
-  }
-  total = of_block<Sum>(total, shared.reduced);
-  smallest = of_block<Smallest>(smallest, shared.reduced);
-  largest = of_block<Largest>(largest, shared.reduced);
-  if (!is_first_thread()) return;
-  double* record = record_of_part(job, matrix, part);
-  record[f::kPartLineSum] = total;
-  record[f::kPartLineMin] = smallest;
-  record[f::kPartLineMax] = largest;
-}
-
-// Add up the sums of the slabs of a matrix, of some columns, in an order that is always the same; new second moments
-// across the lines, and what is known of them.
-template <class M>
-__device__ __noinline__ void merge(int item) {
-  Shared<M>& shared = shared_of<M>();
-  constexpr int kSet = 128;  // columns at a time: a warp takes every so manieth slab
-  const Job<M>& job = shared.job;
-  const int64_t parts = job.row[f::kParts], matrix = item / parts, part = item % parts;
-  const int64_t cols = job.row[f::kCols], rows = job.row[f::kRows], slabs = job.row[f::kSlabsPerMatrix];
-  const int64_t length = (cols + parts - 1) / parts, begin = least(part * length, cols);
-  const int64_t end = least(begin + length, cols);
-  const M* partial = job.template in_scratch<M>(f::kPartial) + 2 * matrix * slabs * cols;
-  const bool weighs = job.has(f::kWeighsSwitch), norm_clipped = job.has(f::kNormClippedSwitch);
-  const int thread = thread_number(), warp = thread / kWarp, lane = thread % kWarp;
-  double shares = 0, cross_sum = 0, cross_min = kInfinity, cross_max = 0, grad_sq = 0;
-  for (int64_t first = begin; first < end; first += kSet) {
-    M own[2][kSet / kWarp] = {};
-#pragma unroll 2
-    for (int64_t slab = warp; slab < slabs; slab += kWarps) {
-      const M* sums = partial + 2 * slab * cols + first + lane;
-      const int left = int(least(end - first, kSet)) - lane;
-#pragma unroll
-      for (int i = 0; i < kSet / kWarp; ++i) {
-        if (i * kWarp >= left) continue;
-        own[0][i] += sums[i * kWarp];
-        if (weighs) own[1][i] += sums[cols + i * kWarp];
-      }
-    }
-    M total[2][(kSet + kThreads - 1) / kThreads];
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kSet / kWarp; ++i) shared.merged[warp][i * kWarp + lane] = own[which][i];
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < (kSet + kThreads - 1) / kThreads; ++i) {
-        const int place = i * kThreads + thread;
-        total[which][i] = M(0);
-        for (int w = 0; w < kWarps && place < kSet; ++w) total[which][i] += shared.merged[w][place];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < (kSet + kThreads - 1) / kThreads; ++i) {
-      const int place = i * kThreads + thread;
-      const int64_t column = first + place, element = matrix * cols + column;
-      if (place >= kSet || column >= end) continue;
-      M square = total[0][i];
-      if (norm_clipped) square = square * (job.factor * job.factor);
-      grad_sq += double(square);
-      const void* cross_var = reinterpret_cast<const void*>(job.row[f::kCrossVar]);
-      const M old = read_one<M>(cross_var, int(job.row[f::kMomentDtype]), element);
-      const M cross = new_factor(job, old, square, rows, random_of_factor(job, element, true));
-      if (cross > M(0)) {
-        shares += double(total[1][i] / cross);
-        if (double(cross) < cross_min) cross_min = double(cross);
-      }
-      cross_sum += double(cross);
-      if (double(cross) > cross_max) cross_max = double(cross);
-      job.template in_scratch<M>(f::kCross)[element] = cross;
-      job.template in_scratch<M>(f::kFactor)[element] = inverse_root(cross);
-    }
-  }
-  shares = of_block<Sum>(shares, shared.reduced);
-  cross_sum = of_block<Sum>(cross_sum, shared.reduced);
-  cross_min = of_block<Smallest>(cross_min, shared.reduced);
-  cross_max = of_block<Largest>(cross_max, shared.reduced);
-  grad_sq = of_block<Sum>(grad_sq, shared.reduced);
-  if (is_first_thread()) {
-    double* record = record_of_part(job, matrix, part);
-    record[f::kPartShare] = shares;
-    record[f::kPartCrossSum] = cross_sum;
-    record[f::kPartCrossMin] = cross_min;
-    record[f::kPartCrossMax] = cross_max;
-    record[f::kPartGradSq] = grad_sq;
-  }
-  finish_lines(shared, matrix, part, norm_clipped);
-}
-
 // What is known of a matrix once its parts are.
 struct MatrixSums {
   double share = 0, grad_sq = 0, line_sum = 0, cross_sum = 0;
   double line_min = kInfinity, line_max = 0, cross_min = kInfinity, cross_max = 0;
 };
 
+// Σ row_var of a matrix whose rows are on several processes: it was summed up, or follows from two sums, in which it is
+// linear.
+template <class M>
+__device__ __forceinline__ double sum_of_split_rows(const Job<M>& job, int64_t matrix) {
+  const double sum = double(job.in_message(f::kSharedRowVarSum)[matrix]);
+  const M* squares = job.in_message(f::kSharedRowSqSum);
+  if (squares == nullptr) return sum;
+  const double factor = double(job.factor), cols = double(job.row[f::kWholeCols]);
+  const double grad_sq = double(squares[matrix]) * factor * factor +
+                         double(job.row[f::kWholeRows]) * cols * job.rule[f::kAdded];
+  return job.rule[f::kBeta2] * sum + job.rule[f::kRest2] * (job.rule[f::kSumMoments] > 0 ? grad_sq : grad_sq / cols);
+}
+
 // Mean of row_var, or its sum; rows are the lines unless the matrix lies the other way.
 template <class M>
-__device__ __forceinline__ M norm_of(const Job<M>& job, const MatrixSums& sums) {
+__device__ __forceinline__ M norm_of(const Job<M>& job, int64_t matrix, const MatrixSums& sums) {
   const bool swapped = job.row[f::kSwapped] != 0;
-  const double total = swapped ? sums.cross_sum : sums.line_sum;
-  const double count = double(swapped ? job.row[f::kCols] : job.row[f::kRows]);
+  double total = swapped ? sums.cross_sum : sums.line_sum;
+  if (job.in_message(f::kSharedRowVarSum) != nullptr) total = sum_of_split_rows(job, matrix);
+  const double count = double(job.row[swapped ? f::kWholeCols : f::kWholeRows]);
   const M mean = M(job.rule[f::kSumMoments] > 0 ? total : total / count), smallest = job.numbers[f::kLeastNorm];
   return mean < smallest ? smallest : mean;
 }
@@ -162,6 +52,8 @@ __device__ __forceinline__ M norm_of(const Job<M>& job, const MatrixSums& sums) 
 template <class M>
 __device__ __forceinline__ f::Clamp clamp_of(const Job<M>& job, const MatrixSums& sums, M norm, double known) {
   const M limit = job.numbers[f::kMostRoot];
+  // What is known is of all rows, so nothing that one process finds out can be put beside it.
+  if (job.in_message(f::kSharedWeighted) != nullptr) return f::kNowhere;
   // The identity does not hold, or the sums were taken before their time; or there are no bounds.
   if (!job.has(f::kWeighsSwitch) || !is_finite(norm)) return f::kEveryLine;
   const M smallest_line = inverse_root(M(sums.line_max) / norm), largest_line = inverse_root(M(sums.line_min) / norm);
@@ -217,7 +109,7 @@ __device__ __forceinline__ double finalize_matrices(Shared<M>& shared, bool& unk
     sums.cross_min = of_lanes<Smallest>(sums.cross_min, lanes);
     sums.cross_max = of_lanes<Largest>(sums.cross_max, lanes);
     if (lane != 0 || matrix >= batch) continue;
-    const M norm = norm_of(job, sums);
+    const M norm = norm_of(job, matrix, sums);
     double value = sums.share * double(norm);
     const f::Clamp clamp = clamp_of(job, sums, norm, value);
     const double limit = double(job.numbers[f::kMostRoot]);
@@ -233,32 +125,55 @@ __device__ __forceinline__ double finalize_matrices(Shared<M>& shared, bool& unk
   return of_block<Sum>(known, shared.reduced);
 }
 
-// Σ g² of a tensor, before any clipping; every thread gets it.
+// Whether the sums of all processes have come.
 template <class M>
-__device__ __forceinline__ double total_grad_sq(Shared<M>& shared) {
-  const double total = sum_of_units(shared, f::kUnitGradSq);
-  if (is_first_thread()) shared.job.outcome[f::kGradSq] = total;
-  return total;
+__device__ __forceinline__ bool has_message(const Shared<M>& shared) {
+  return shared.launch.joined != 0 && shared.job.has(f::kSplitSwitch);
 }
 
+// Whether Σ u² of all processes has, with the first of them: of the tensor's own sums nothing is left to be found out.
+template <class M>
+__device__ __forceinline__ bool knows_update(const Shared<M>& shared) {
+  return has_message(shared) && shared.job.in_message(f::kSharedUpdateSq) != nullptr;
+}
+
+// A sum over the units of a tensor, or over all processes once it has come; every thread gets it.
+template <class M>
+__device__ __forceinline__ double sum_of_all(Shared<M>& shared, int of_unit, int in_message) {
+  if (has_message(shared)) return double(*shared.job.in_message(in_message));
+  return sum_of_units(shared, of_unit);
+}
+
+// RMS(u), and what follows from it.
 template <class M>
 __device__ __forceinline__ void set_clip(const Job<M>& job, double update_sq) {
-  const double update_rms = sqrt(update_sq / double(job.row[f::kNumel]));
+  const double update_rms = sqrt(update_sq / double(job.row[f::kWholeNumel]));
   job.outcome[f::kUpdateRms] = update_rms;
   const double ratio = update_rms / job.rule[f::kClipThreshold];
   job.outcome[f::kByClip] = 1.0 / (ratio < 1.0 ? 1.0 : ratio);  // so that NaN stays
 }
 
+// What is known of Σ u²: it goes into the next message, or makes RMS(u) where that is all of it.
+template <class M>
+__device__ __forceinline__ void tell(const Shared<M>& shared, double update_sq) {
+  const Job<M>& job = shared.job;
+  M* message = job.in_message(has_message(shared) ? f::kSharedMeasuredSq : f::kSharedUpdateSq);
+  if (message == nullptr) return set_clip(job, update_sq);
+  *message = job.row[f::kSaysUpdateSq] != 0 ? M(update_sq) : M(0);
+}
+
 // Norms, clamps, what is known of Σ u², the step size, and whether the tensor is skipped. RMS(u) is unknown where it is
-// wanted and the third sweep has to find it out.
+// wanted and the third sweep has to find it out. Of a part whose sums have not come, only Σ u² is of account.
 template <class M>
 __device__ __noinline__ void finalize() {
   Shared<M>& shared = shared_of<M>();
   const Job<M>& job = shared.job;
-  const double grad_sq = total_grad_sq(shared);
+  const double grad_sq = sum_of_all(shared, f::kUnitGradSq, f::kSharedGradSq);
   double update_sq = 0;
   bool unknown = false;
-  if (job.row[f::kForm] == f::kFactored) {
+  if (knows_update(shared)) {
+    update_sq = double(*job.in_message(f::kSharedUpdateSq));
+  } else if (job.row[f::kForm] == f::kFactored) {
     update_sq = finalize_matrices(shared, unknown);
   } else if (job.has(f::kNormClippedSwitch)) {
     unknown = true;  // nothing has been taken of a clipped gradient
@@ -266,15 +181,16 @@ __device__ __noinline__ void finalize() {
     update_sq = sum_of_units(shared, f::kUnitUpdateSq);
   }
   double param_sq = 0;
-  if (job.has(f::kParamRmsSwitch)) param_sq = sum_of_units(shared, f::kUnitParamSq);
+  if (job.has(f::kParamRmsSwitch)) param_sq = sum_of_all(shared, f::kUnitParamSq, f::kSharedParamSq);
   const bool measures = job.has(f::kMeasuresSwitch);
   if (!measures) unknown = false;
   if (is_first_thread()) {
+    job.outcome[f::kGradSq] = grad_sq;
     if (job.has(f::kSkipsSwitch) && !is_finite(M(grad_sq))) *job.skip = 1;
     double alpha = job.rule[f::kRho];
     const double eps2 = job.rule[f::kEps2], decay = job.rule[f::kDecay];
     if (job.has(f::kParamRmsSwitch)) {
-      const double param_rms = sqrt(param_sq / double(job.row[f::kNumel]));
+      const double param_rms = sqrt(param_sq / double(job.row[f::kWholeNumel]));
       job.outcome[f::kParamRms] = param_rms;
       const double scale = fabs(param_rms * (1.0 - (job.rule[f::kDecayBeforeRms] > 0 ? decay : 0.0)));
       if (!(eps2 < 0)) alpha = (scale < eps2 ? eps2 : scale) * alpha;
@@ -283,25 +199,69 @@ __device__ __noinline__ void finalize() {
     job.outcome[f::kDecayed] = 1.0 - (decay + job.rule[f::kDecayOfAlpha] * alpha);
     job.outcome[f::kUpdateSq] = update_sq;
     job.outcome[f::kByClip] = 1.0;
-    if (measures && !unknown) set_clip(job, update_sq);
+    if (measures && !unknown) tell(shared, update_sq);
     job.outcome[f::kUnknown] = unknown ? 1.0 : 0.0;
   }
 }
 
-// The same where finalizing waits for the other tensors.
-template <class M>
-__device__ __noinline__ void total() {
-  total_grad_sq(shared_of<M>());
-}
-
-// RMS(u) once the third sweep is over.
+// RMS(u), or what is here of Σ u², once the third sweep is over.
 template <class M>
 __device__ __noinline__ void measure() {
   Shared<M>& shared = shared_of<M>();
   const double rest = sum_of_units(shared, f::kUnitUpdateSq);
   if (!is_first_thread()) return;
   const double update_sq = shared.job.outcome[f::kUpdateSq] + rest;
-  set_clip(shared.job, update_sq < 0 ? 0.0 : update_sq);  // so that NaN stays
+  tell(shared, update_sq < 0 ? 0.0 : update_sq);  // so that NaN stays
+}
+
+// RMS(u) from the second message, where that is what Σ u² has come with.
+template <class M>
+__device__ __noinline__ void settle() {
+  const Job<M>& job = shared_of<M>().job;
+  const M* update_sq = job.in_message(f::kSharedMeasuredSq);
+  if (is_first_thread() && update_sq != nullptr) set_clip(job, double(*update_sq));
+}
+
+// Σ row_var of each matrix, or of the old ones and Σ g², into the message.
+template <class M>
+__device__ __forceinline__ void put_matrices(const Job<M>& job) {
+  const int64_t batch = job.row[f::kBatch], parts = job.row[f::kParts];
+  M* const row_var_sum = job.in_message(f::kSharedRowVarSum);
+  M* const row_sq_sum = job.in_message(f::kSharedRowSqSum);
+  if (row_var_sum == nullptr) return;
+  // As in `finalize_matrices`.
+  const int lanes = power_of_2(least(parts, kWarp)), together = kThreads / lanes, lane = thread_number() % lanes;
+  for (int64_t first = 0; first < batch; first += together) {
+    const int64_t matrix = first + thread_number() / lanes;
+    double line_sum = 0, grad_sq = 0;
+    for (int64_t part = lane; part < parts && matrix < batch; part += lanes) {
+      const double* record = record_of_part(job, matrix, part);
+      line_sum += record[f::kPartLineSum];
+      grad_sq += record[f::kPartGradSq];
+    }
+    line_sum = of_lanes<Sum>(line_sum, lanes);
+    grad_sq = of_lanes<Sum>(grad_sq, lanes);
+    if (lane != 0 || matrix >= batch) continue;
+    row_var_sum[matrix] = M(line_sum);
+    if (row_sq_sum != nullptr) row_sq_sum[matrix] = M(grad_sq);
+  }
+}
+
+// What the first sweep knows of a tensor as a whole, where something waits for it: the norm of all gradients, or a
+// message.
+template <class M>
+__device__ __noinline__ void total() {
+  Shared<M>& shared = shared_of<M>();
+  const Job<M>& job = shared.job;
+  const double grad_sq = sum_of_units(shared, f::kUnitGradSq), param_sq = sum_of_units(shared, f::kUnitParamSq);
+  if (is_first_thread()) {
+    job.outcome[f::kGradSq] = grad_sq;
+    M* const sent_grad_sq = job.in_message(f::kSharedGradSq);
+    M* const sent_param_sq = job.in_message(f::kSharedParamSq);
+    if (sent_grad_sq != nullptr) *sent_grad_sq = M(grad_sq);
+    if (sent_param_sq != nullptr) *sent_param_sq = M(param_sq);
+  }
+  put_matrices(job);
 }
 
 }  // namespace fused_adafactor

@@ -55,13 +55,24 @@ struct Job {
   __device__ __forceinline__ T* in_scratch(int field) const {
     return reinterpret_cast<T*>(scratch + row[field]);
   }
+
+  // Where a sum is in a message to other processes, and from them; null where it is not sent. Numbers begin anywhere.
+  __device__ __forceinline__ M* in_message(int field) const { return reinterpret_cast<M*>(row[field]); }
+
+  // What the first sweep knows of lines: their second moments, or Σ_j g² where they are raw.
+  __device__ __forceinline__ M* sums_of_lines() const {
+    M* const sent = has(f::kRawLinesSwitch) ? in_message(f::kSharedLineSq) : nullptr;
+    return sent != nullptr ? sent : in_scratch<M>(f::kLines);
+  }
 };
 
 // Whether neighbours are taken together. Some that could be are rare enough to go element by element: state of float64
-// where the math is not, and more 8-bit numbers than 32 bits count.
+// where the math is not, more 8-bit numbers than 32 bits count, and parts of vectors whose numbers in the whole are
+// others in every block of random bits.
 template <class M>
 __device__ __forceinline__ bool is_aligned(const Job<M>& job) {
   const int64_t exp_avg = job.row[f::kExpAvgDtype];
+  if (job.has(f::kSplitSwitch) && !job.has(f::kWholeBlocksSwitch) && job.row[f::kForm] == f::kUnfactored) return false;
   return sizeof(M) == sizeof(float) && job.has(f::kAlignedSwitch) && job.row[f::kMomentDtype] != kFloat64 &&
          exp_avg != kFloat64 && (exp_avg != kBlocks || job.row[f::kNumel] <= UINT32_MAX);
 }
@@ -118,7 +129,8 @@ struct Plain : Aligned<8> {
   static constexpr int kStashedDtype = kGradDtype;
   // What is left to be looked up.
   static constexpr int64_t kSwitches = 1 << f::kMeasuresSwitch | 1 << f::kParamRmsSwitch | 1 << f::kNormClippedSwitch |
-                                       1 << f::kStochasticSwitch | 1 << f::kWeighsSwitch;
+                                       1 << f::kStochasticSwitch | 1 << f::kWeighsSwitch | 1 << f::kSplitSwitch |
+                                       1 << f::kWholeBlocksSwitch | 1 << f::kRawLinesSwitch;
   static constexpr int64_t kExcluded = 1 << f::kAmsgradSwitch | 1 << f::kValueClipSwitch | 1 << f::kAveragesSwitch |
                                        1 << f::kKahanSwitch | 1 << f::kStridedSwitch | 3 << f::kMomentumSwitch |
                                        1 << f::kAccumulatesSwitch;
@@ -169,6 +181,12 @@ __device__ __forceinline__ void with_alignment(const Job<M>& job, F run) {
     if (is_aligned(job)) return run(Aligned<4>());
   }
   run(Loose());
+}
+
+// Threads that hold a block of 8-bit numbers together, so they must be neighbours of one warp; 1 where there is none.
+template <class T, class M>
+__device__ __forceinline__ int threads_of_block(const Job<M>& job) {
+  return T::momentum(job) != kNoMomentum && job.row[f::kExpAvgDtype] == kBlocks ? kBlock / T::kElements : 1;
 }
 
 // Lines of a slab, and how many of them are of one matrix.

@@ -164,22 +164,42 @@ __device__ __forceinline__ void write_one(void* base, int dtype, int64_t offset,
   }
 }
 
-// Where an element lies that lies anywhere, by its number and the strides of some columns of the table.
-template <class M>
-__device__ __forceinline__ int64_t strided_offset(const Job<M>& job, int strides, int64_t k) {
-  int64_t offset = 0;
-#pragma unroll 1
-  for (int d = int(job.row[f::kDims]) - 1; d >= 0; --d) {
-    const int64_t size = job.row[f::kSizes + d], before = k / size;
-    offset += (k - before * size) * job.row[strides + d];
-    k = before;
-  }
-  return offset;
-}
-
+// Where an element lies, by its number and the strides of some columns of the table.
 template <class T, class M>
 __device__ __forceinline__ int64_t offset_of(const Job<M>& job, int strides, int64_t k) {
-  return T::has(job, f::kStridedSwitch) ? strided_offset(job, strides, k) : k;
+  return T::has(job, f::kStridedSwitch) ? by_dims(job, f::kDims, f::kSizes, strides, k) : k;
+}
+
+// Row-major index of an element in its parameter. Where that is split, elements may lie one after the other and not be
+// numbered so in the whole.
+template <class T, class M>
+__device__ __forceinline__ uint64_t element_of(const Job<M>& job, int64_t k) {
+  if (!T::has(job, f::kSplitSwitch)) return uint64_t(offset_of<T>(job, f::kLogical, k));
+  if (!T::has(job, f::kWholeBlocksSwitch)) k = by_dims(job, f::kDims, f::kSizes, f::kLogical, k);
+  return uint64_t(job.row[f::kFirstElement] + k);
+}
+
+// Round numbers to bfloat16 with the random bits of neighbours, which share a block of them.
+template <class T, class M>
+__device__ __forceinline__ void round_block(const Job<M>& job, int stream, uint64_t index, M (&x)[T::kElements]) {
+  const RandomWords random(job, stream, index >> 3);
+  const int first = T::kElements == 8 ? 0 : int(index & 7);
+#pragma unroll
+  for (int i = 0; i < T::kElements; ++i) x[i] = stored_at_random(x[i], random.of(first + i));
+}
+
+// The same of a part whose neighbours are anywhere in the whole, but all in one dimension of it.
+template <class T, class M>
+__device__ __forceinline__ void round_apart(const Job<M>& job, int stream, uint64_t index, M (&x)[T::kElements]) {
+  const uint64_t step = uint64_t(job.row[f::kLogical + job.row[f::kDims] - 1]);
+  RandomWords random(job, stream, index >> 3);
+#pragma unroll
+  for (int i = 0; i < T::kElements; ++i) {
+    x[i] = stored_at_random(x[i], random.of(int(index & 7)));
+    const uint64_t next = index + step;
+    if (i + 1 < T::kElements && next >> 3 != index >> 3) random = RandomWords(job, stream, next >> 3);
+    index = next;
+  }
 }
 
 // Elements in the math dtype, 0 where there are none.
@@ -211,6 +231,38 @@ __device__ __forceinline__ void write(const Job<M>& job, int field, int strides,
     write_one(base, dtype, offset_of<T>(job, strides, at.k), x[0]);
   } else {
     write_vector(base, dtype, at.k, x);
+  }
+}
+
+// Part of the next: elements of one width.
+template <class W, class M, int kCount, class F>
+__device__ __forceinline__ void read_words(const void* base, const int64_t (&offset)[kCount],
+                                           const Place (&at)[kCount], M (&x)[kCount], F convert) {
+  W word[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    word[i] = at[i].count > 0 ? words_at<From::kGlobal, W>(static_cast<const W*>(base) + offset[i]) : W(0);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = M(convert(word[i]));
+}
+
+// Elements that lie anywhere, in the math dtype, 0 where there are none. All of them are asked for before any is waited
+// for, so their dtype is looked up outside of the loop.
+template <class M, int kCount>
+__device__ __forceinline__ void read_several(const Job<M>& job, const void* base, int strides, int dtype,
+                                             const Place (&at)[kCount], M (&x)[kCount]) {
+  int64_t offset[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) offset[i] = at[i].count > 0 ? offset_of<Loose>(job, strides, at[i].k) : 0;
+  if (dtype == kFloat32) {
+    read_words<float>(base, offset, at, x, [](float word) { return word; });
+  } else if (dtype == kBfloat16) {
+    read_words<unsigned short>(base, offset, at, x, [](unsigned short word) { return from_bfloat16(word); });
+  } else if (dtype == kFloat16) {
+    read_words<unsigned short>(base, offset, at, x, [](unsigned short word) { return from_float16(word); });
+  } else {
+    read_words<double>(base, offset, at, x, [](double word) { return word; });
   }
 }
 

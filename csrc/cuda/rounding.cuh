@@ -88,12 +88,37 @@ __device__ __forceinline__ M stored_moment(const Job<M>& job, M value, uint32_t 
   return dtype == kBfloat16 ? stored_at_random(value, random) : stored(value, dtype);
 }
 
+// What the strides of some columns of the table make of a number that is row-major over the sizes of others.
+template <class M>
+__device__ __forceinline__ int64_t by_dims(const Job<M>& job, int dims, int sizes, int strides, int64_t k) {
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int d = int(job.row[dims]) - 1; d >= 0; --d) {
+    const int64_t size = job.row[sizes + d], before = k / size;
+    offset += (k - before * size) * job.row[strides + d];
+    k = before;
+  }
+  return offset;
+}
+
+// Number in the entry of the whole parameter of a second moment of a part of it, of lines or of what lies across them.
+template <class M>
+__device__ __forceinline__ int64_t moment_of(const Job<M>& job, int64_t element, bool across) {
+  const bool tiny = job.row[f::kForm] == f::kTiny;
+  const int64_t count = job.row[across ? (tiny ? f::kMatrixCols : f::kCols) : (tiny ? f::kMatrixRows : f::kRows)];
+  const int64_t matrix = element / count;
+  const int64_t stacked = by_dims(job, f::kStackDims, f::kStackSizes, f::kStackStrides, matrix);
+  return (job.row[f::kFirstMatrix] + stacked) * job.row[across ? f::kWholeCols : f::kWholeRows] +
+         job.row[across ? f::kFirstCol : f::kFirstRow] + (element - matrix * count);
+}
+
 // The random bits of a second moment of lines, or of what lies across them; 0 where none are wanted. The stream follows
 // the name: lines are columns where the matrix lies the other way.
 template <class M>
 __device__ __forceinline__ uint32_t random_of_factor(const Job<M>& job, int64_t element, bool across) {
   if (job.row[f::kMomentDtype] != kBfloat16) return 0;
   const int swapped = int(job.row[f::kSwapped]);
+  if (job.has(f::kSplitSwitch)) element = moment_of(job, element, across);
   return random16(job, across ? f::kColVarStream - swapped : f::kRowVarStream + swapped, uint64_t(element));
 }
 

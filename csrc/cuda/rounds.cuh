@@ -22,8 +22,8 @@ __device__ __forceinline__ void begin_rounds(Shared<M>& shared, int unit) {
     const int64_t chunks = job.row[f::kChunks];
     const Lines lines = lines_of(job, unit / chunks);
     const Range columns = columns_of(job, unit % chunks);
-    // Not fewer threads for a line than hold a block of 8-bit numbers.
-    rounds.group = power_of_2(most((job.row[f::kChunk] + N * kVectors - 1) / (N * kVectors), kBlock / N));
+    const int64_t needed = (job.row[f::kChunk] + N * kVectors - 1) / (N * kVectors);
+    rounds.group = power_of_2(least(most(needed, threads_of_block<T>(job)), kThreads));
     rounds.lines = kThreads / rounds.group * kTogether;
     rounds.first_line = lines.begin;
     rounds.first = lines.begin * job.row[f::kCols] + columns.begin;
@@ -35,7 +35,8 @@ __device__ __forceinline__ void begin_rounds(Shared<M>& shared, int unit) {
     const int size = kStashedSize<T>, round = rounds.lines * rounds.width * size;
     const int ring = kAhead * kTogether * kVectors * kThreads * N * size;
     rounds.ring = stash.bytes - ring;
-    rounds.arrive = T::kStashes && rounds.length <= rounds.block && stash.end() <= rounds.ring;
+    rounds.arrive =
+        T::kStashes && rounds.width > 0 && rounds.length <= rounds.block && stash.end() <= rounds.ring;
     if (rounds.arrive && stash.keeps && stash.count < kMostHeld) {
       const int room = stash.room(rounds.ring, rounds.begin) / round * rounds.lines;
       rounds.held = room < rounds.length ? room : rounds.length;

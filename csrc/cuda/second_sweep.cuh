@@ -1,10 +1,10 @@
-// The second sweep, and the third where it is needed: what reads g once all sums are known.
+// The second sweep, which writes, and what stands for it where there is no update.
 
 #ifndef FUSED_ADAFACTOR_CUDA_SECOND_SWEEP_CUH
 #define FUSED_ADAFACTOR_CUDA_SECOND_SWEEP_CUH
 
-#include "factors.cuh"
-#include "first_sweep.cuh"
+#include "stash.cuh"
+#include "third_sweep.cuh"
 
 namespace fused_adafactor {
 
@@ -29,11 +29,12 @@ __device__ __forceinline__ void round_param(const Job<M>& job, Place at, M (&p)[
     for (int i = 0; i < T::kElements; ++i) p[i] = stored(p[i], T::param_dtype(job));
     return;
   }
-  const uint64_t index = uint64_t(offset_of<T>(job, f::kLogical, at.k));
-  const RandomWords random(job, f::kParamStream, index >> 3);
-  const int first = T::kElements == 8 ? 0 : int(index & 7);
-#pragma unroll
-  for (int i = 0; i < T::kElements; ++i) p[i] = stored_at_random(p[i], random.of(first + i));
+  const uint64_t index = at.count > 0 ? element_of<T>(job, at.k) : 0;
+  if (T::kElements > 1 && T::has(job, f::kSplitSwitch) && !T::has(job, f::kWholeBlocksSwitch)) {
+    round_apart<T>(job, f::kParamStream, index, p);
+  } else {
+    round_block<T>(job, f::kParamStream, index, p);
+  }
 }
 
 // p ← round(decay p - delta), and the moments, of neighbouring elements.
@@ -101,140 +102,24 @@ __device__ __forceinline__ void apply(Shared<M>& shared, Place at, const M (&g)[
   if (overwrites) write<T>(job, f::kParam, f::kStrides, dtype, at, p);
 }
 
-// 1 / sqrt(line / norm) of a line.
+// Write some second moments across the lines of a matrix.
 template <class M>
-__device__ __forceinline__ M line_factor(const Job<M>& job, int64_t line, int64_t matrix) {
-  const double* record = job.template in_scratch<double>(f::kMatrices) + matrix * f::kMatrixFields;
-  return inverse_root(job.template in_scratch<M>(f::kLines)[line] / M(record[f::kMatrixNorm]));
-}
-
-// 1 / sqrt(v) of neighbours in a line, which has a factor of its own.
-template <class T, class M>
-__device__ __forceinline__ void inverse_roots(const Job<M>& job, M factor, int64_t matrix, int64_t column, bool here,
-                                              M (&inverse_v)[T::kElements]) {
-  const int64_t place = matrix * job.row[f::kCols] + column;
-  const M* factors = job.template in_scratch<M>(f::kFactor);
-#pragma unroll
-  for (int i = 0; i < T::kElements; ++i) inverse_v[i] = M(0);
-  if (!here) return;
-  if constexpr (T::kElements == 1) {
-    inverse_v[0] = factors[place];
-  } else {
-    read_vector<From::kGlobal>(factors, DtypeOf<M>::value, place, inverse_v);
-  }
-#pragma unroll
-  for (int i = 0; i < T::kElements; ++i) inverse_v[i] *= factor;
-}
-
-// Σ u² of those lines of a slab for which it is not known, less what was counted for them.
-template <class T, class M>
-__device__ __noinline__ void measure_lines(int unit) {
-  Shared<M>& shared = shared_of<M>();
-  constexpr int N = T::kElements;
-  const Job<M>& job = shared.job;
-  const int64_t chunks = job.row[f::kChunks], rows = job.row[f::kRows], cols = job.row[f::kCols];
-  const Lines lines = lines_of(job, unit / chunks);
-  const Range columns = columns_of(job, unit % chunks);
-  const M limit = job.numbers[f::kMostRoot];
-  double total = 0;
-  for (int64_t first = lines.begin; first < lines.end; first += lines.block) {
-    const int64_t matrix = first / rows;
-    const double* record = job.template in_scratch<double>(f::kMatrices) + matrix * f::kMatrixFields;
-    const int clamp = int(record[f::kMatrixClamp]);
-    const M largest = M(record[f::kMatrixLargest]);
-    if (clamp != f::kEveryLine && clamp != f::kSomeLines) continue;
-    const bool corrects = clamp == f::kSomeLines;
-    for (Walk<T> walk(first, least(first + lines.block, lines.end), columns); walk.round(); walk.next()) {
-      bool here = walk.here();
-      const M line_var = here ? job.template in_scratch<M>(f::kLines)[walk.line()] : M(1);
-      const M factor = here ? line_factor(job, walk.line(), matrix) : M(1);
-      if (corrects) here = here && line_var > M(0) && factor * largest > limit;
-      if (!__any_sync(kAllLanes, here)) continue;
-      const Place at = {walk.place(cols).k, here ? N : 0};
-      M g[N], inverse_v[N];
-      read_grad<T>(job, job.factor, at, g);
-      inverse_roots<T>(job, factor, matrix, walk.column(), here, inverse_v);
-      Update<M, N> u;
-      update_of<T>(shared, at, g, inverse_v, u);
-      total += double(sum_of_squares(u.value));
-      if (!corrects) continue;
-      M num[N];
-      numerator<T>(shared, at, g, num, u.exp_avg);
-#pragma unroll
-      for (int i = 0; i < N; ++i) num[i] = here && is_finite(inverse_v[i]) ? num[i] * inverse_v[i] : M(0);
-      total -= double(sum_of_squares(num));  // the identity has left out all-zero columns
-    }
-  }
-  total = of_block<Sum>(total, shared.reduced);
-  if (is_first_thread()) {
-    job.template in_scratch<double>(f::kSums)[unit * f::kUnitSums + f::kUnitUpdateSq] = total;
-  }
-}
-
-// Σ u² of elements that have no lines, where the norm to clip by is known only now.
-template <class T, class M>
-__device__ __noinline__ void measure_flat(int unit) {
-  Shared<M>& shared = shared_of<M>();
-  constexpr int N = T::kElements;
-  const Job<M>& job = shared.job;
-  double total = 0;
-  for (FlatWalk<T> walk(elements_of(job, unit)); walk.round(); walk.next()) {
-    const Place at = walk.place();
-    M g[N], inverse_v[N];
-    read_grad<T>(job, job.factor, at, g);
-    new_var<T>(job, at, g, inverse_v);
-#pragma unroll
-    for (int i = 0; i < N; ++i) inverse_v[i] = inverse_root(inverse_v[i]);
-    Update<M, N> u;
-    update_of<T>(shared, at, g, inverse_v, u);
-    total += double(sum_of_squares(u.value));
-  }
-  total = of_block<Sum>(total, shared.reduced);
-  if (is_first_thread()) {
-    job.template in_scratch<double>(f::kSums)[unit * f::kUnitSums + f::kUnitUpdateSq] = total;
-  }
-}
-
-// Gradients of tiny matrices, clipped, in shared memory, and the factors of these matrices.
-template <class M>
-__device__ __forceinline__ void read_tiny(Shared<M>& shared, const TinyWalk<M>& walk) {
-  for (int first = 0; first < walk.count; first += kThreads) {
-    const Place at = walk.place(first);
-    M g[1];
-    read_grad<TinyMatrices>(shared.job, shared.job.factor, at, g);
-    if (at.count > 0) shared.tiny.grad[first + thread_number()] = g[0];
-  }
-  tiny_factors(shared, walk);
-}
-
-template <class M>
-__device__ __noinline__ void measure_tiny(int unit) {
-  Shared<M>& shared = shared_of<M>();
-  const Job<M>& job = shared.job;
-  double total = 0;
-  for (TinyWalk<M> walk(job, elements_of(job, unit)); walk.round(); walk.next()) {
-    read_tiny(shared, walk);
-    for (int first = 0; first < walk.count; first += kThreads) {
-      const Place at = walk.place(first);
-      const int element = first + thread_number();
-      const M g[1] = {at.count > 0 ? shared.tiny.grad[element] : M(0)};
-      const M inverse_v[1] = {at.count > 0 ? tiny_inverse_root(shared, walk, element) : M(0)};
-      Update<M, 1> u;
-      update_of<TinyMatrices>(shared, at, g, inverse_v, u);
-      total += double(u.value[0] * u.value[0]);
-    }
-  }
-  total = of_block<Sum>(total, shared.reduced);
-  if (is_first_thread()) {
-    job.template in_scratch<double>(f::kSums)[unit * f::kUnitSums + f::kUnitUpdateSq] = total;
+__device__ __forceinline__ void write_across(const Job<M>& job, int64_t matrix, Range columns) {
+  const int64_t first = matrix * job.row[f::kCols];
+  const M* kept = job.template in_scratch<M>(f::kCross) + first;
+  for (int64_t column = columns.begin + thread_number(); column < columns.end; column += kThreads) {
+    write_one(reinterpret_cast<void*>(job.row[f::kCrossVar]), int(job.row[f::kMomentDtype]), first + column,
+              kept[column]);
   }
 }
 
 // Write the second moments of the lines of a slab, and of the columns of matrices that begin in it.
 template <class M>
-__device__ __forceinline__ void write_factors(const Job<M>& job, int64_t chunk, Lines lines, Range columns) {
+__device__ __forceinline__ void write_factors(const Job<M>& job, int64_t slab, int64_t chunk, Lines lines,
+                                              Range columns) {
   const int dtype = int(job.row[f::kMomentDtype]);
-  const int64_t rows = job.row[f::kRows], cols = job.row[f::kCols];
+  const int64_t rows = job.row[f::kRows];
+  if (rows == 0) return write_across(job, slab, columns);  // they are those of other processes' lines
   if (chunk == 0) {
     void* line_var = reinterpret_cast<void*>(job.row[f::kLineVar]);
     const M* kept = job.template in_scratch<M>(f::kLines);
@@ -242,12 +127,8 @@ __device__ __forceinline__ void write_factors(const Job<M>& job, int64_t chunk, 
       write_one(line_var, dtype, line, kept[line]);
     }
   }
-  void* cross_var = reinterpret_cast<void*>(job.row[f::kCrossVar]);
-  const M* kept = job.template in_scratch<M>(f::kCross);
   for (int64_t matrix = (lines.begin + rows - 1) / rows; matrix * rows < lines.end; ++matrix) {
-    for (int64_t column = columns.begin + thread_number(); column < columns.end; column += kThreads) {
-      write_one(cross_var, dtype, matrix * cols + column, kept[matrix * cols + column]);
-    }
+    write_across(job, matrix, columns);
   }
 }
 
@@ -262,10 +143,10 @@ __device__ __noinline__ void apply_lines(int unit) {
   const int64_t cols = job.row[f::kCols];
   const Lines lines = lines_of(job, unit / chunks);
   const Range columns = columns_of(job, chunk);
-  const int64_t first_matrix = lines.begin / rows;
+  const int64_t first_matrix = rows > 0 ? lines.begin / rows : 0;
   const bool several = lines.end - lines.begin > lines.block;
   const int held = T::kStashes && shared.task.from_stash ? shared.stash.held[0].lines : 0;
-  for (Walk<T> walk(lines.begin, lines.end, columns); walk.round(); walk.next()) {
+  for (Walk<T> walk(lines.begin, lines.end, columns, threads_of_block<T>(job)); walk.round(); walk.next()) {
     const bool here = walk.here();
     const Place at = walk.place(cols);
     M g[N] = {}, inverse_v[N];
@@ -286,7 +167,7 @@ __device__ __noinline__ void apply_lines(int unit) {
     inverse_roots<T>(job, factor, matrix, walk.column(), here, inverse_v);
     apply<T>(shared, at, g, inverse_v);
   }
-  write_factors(job, chunk, lines, columns);
+  write_factors(job, unit / chunks, chunk, lines, columns);
 }
 
 // Write elements that have no lines, and what else the tensor owns of them.
@@ -321,19 +202,6 @@ __device__ __noinline__ void apply_tiny(int unit) {
       apply<TinyMatrices>(shared, at, g, inverse_v);
     }
     write_tiny_factors(shared, walk);
-  }
-}
-
-// The third sweep of a unit, whatever its form.
-template <class M>
-__device__ __forceinline__ void measure_unit(Shared<M>& shared, int unit) {
-  const Job<M>& job = shared.job;
-  if (job.row[f::kForm] == f::kTiny) {
-    measure_tiny<M>(unit);
-  } else if (job.row[f::kForm] == f::kUnfactored) {
-    with_alignment(job, [&](auto traits) { measure_flat<decltype(traits), M>(unit); });
-  } else {
-    with_alignment(job, [&](auto traits) { measure_lines<decltype(traits), M>(unit); });
   }
 }
 

@@ -3,6 +3,7 @@
 // The same tickets, tables and sums as backends/triton/kernel.py, which docs/design/0004 describes; what is CUDA's own
 // is in docs/design/0007.
 
+#include "first_sweep.cuh"
 #include "second_sweep.cuh"
 
 namespace fused_adafactor {
@@ -56,7 +57,7 @@ __device__ __forceinline__ bool is_unknown(Shared<M>& shared) {
 // Whether a block keeps the gradient of the unit, and applies it itself.
 template <class M>
 __device__ __forceinline__ bool is_held_elsewhere(Shared<M>& shared) {
-  if (shared.launch.stash_bytes == 0 || shared.task.from_stash) return false;
+  if (shared.launch.keeps == 0 || shared.task.from_stash) return false;
   const double* sums = shared.job.template in_scratch<double>(f::kSums) + int64_t(shared.task.unit) * f::kUnitSums;
   return seen_by_all(shared, [&] { return sums[f::kUnitHeld] > 0; });
 }
@@ -106,7 +107,13 @@ __device__ __forceinline__ void run_item(Shared<M>& shared) {
       break;
     case f::kTotalKind:
       wait_for_counter(shared, f::kStatsDone, job.row[f::kUnits]);
+      if (job.in_message(f::kSharedCrossSq) != nullptr) wait_for_counter(shared, f::kMergesDone, job.row[f::kMerges]);
       total<M>();
+      break;
+    case f::kShareKind:
+      wait_for_sums(shared);
+      share<M>(task.unit);
+      count_up_counter(shared, f::kMergesDone);
       break;
     case f::kMergeKind:
       wait_for_sums(shared);
@@ -115,7 +122,7 @@ __device__ __forceinline__ void run_item(Shared<M>& shared) {
       break;
     case f::kFinalizeKind:
       wait_for_sums(shared);
-      wait_for_counter(shared, f::kMergesDone, job.row[f::kMerges]);
+      if (!knows_update(shared)) wait_for_counter(shared, f::kMergesDone, job.row[f::kMerges]);
       finalize<M>();
       count_up_counter(shared, f::kFinalized);
       if (!is_unknown(shared)) count_up_counter(shared, f::kMeasured);
@@ -130,6 +137,10 @@ __device__ __forceinline__ void run_item(Shared<M>& shared) {
       wait_for_counter(shared, f::kRmsDone, job.row[f::kUnits]);
       if (!is_unknown(shared)) break;
       measure<M>();
+      count_up_counter(shared, f::kMeasured);
+      break;
+    case f::kSettleKind:
+      settle<M>();
       count_up_counter(shared, f::kMeasured);
       break;
     case f::kApplyKind:
@@ -168,7 +179,7 @@ __device__ __forceinline__ void take_ticket(Shared<M>& shared) {
   task.item = launch.tickets[ticket];
   task.end = launch.tickets[ticket + 1];
   task.wave = wave_before(launch, launch.items + 3 * int64_t(task.item));
-  shared.stash.keeps = launch.waits != 0 && task.end - task.item == 1;  // else it is applied by this ticket
+  shared.stash.keeps = launch.keeps != 0 && task.end - task.item == 1;  // else it is applied by this ticket
 }
 
 // What the block does next; one thread sees to it.

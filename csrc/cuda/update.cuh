@@ -7,6 +7,14 @@
 
 namespace fused_adafactor {
 
+template <class M, int kElements>
+__device__ __forceinline__ M sum_of_squares(const M (&x)[kElements]) {
+  M sum = M(0);
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) sum = fused(x[i], x[i], sum);
+  return sum;
+}
+
 // First moment after this step, as it will be read back.
 template <class T, class M>
 __device__ __forceinline__ void new_exp_avg(Shared<M>& shared, Place at, const M (&value)[T::kElements],
@@ -91,10 +99,7 @@ __device__ __forceinline__ void new_var(const Job<M>& job, Place at, const M (&g
 #pragma unroll
   for (int i = 0; i < T::kElements; ++i) var[i] = new_moment(var[i], fused(g[i], g[i], added), beta2, rest);
   if (dtype == kBfloat16) {
-    const RandomWords random(job, f::kVarStream, uint64_t(at.k) >> 3);
-    const int first = T::kElements == 8 ? 0 : int(at.k & 7);
-#pragma unroll
-    for (int i = 0; i < T::kElements; ++i) var[i] = stored_at_random(var[i], random.of(first + i));
+    round_block<T>(job, f::kVarStream, job.has(f::kSplitSwitch) ? element_of<T>(job, at.k) : uint64_t(at.k), var);
   } else {
 #pragma unroll
     for (int i = 0; i < T::kElements; ++i) var[i] = stored(var[i], dtype);

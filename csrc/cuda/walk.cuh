@@ -7,16 +7,16 @@
 
 namespace fused_adafactor {
 
-// Some columns of some lines, line after line. A line has room for whole blocks of 8-bit numbers, so that neighbouring
-// threads of one warp have them.
+// Some columns of some lines, line after line, whatever their length: all threads are at work. A line takes a multiple of
+// `together` threads, which have something of it together.
 template <class T>
 class Walk {
  public:
-  __device__ __forceinline__ Walk(int64_t begin, int64_t end, Range columns)
+  __device__ __forceinline__ Walk(int64_t begin, int64_t end, Range columns, int together)
       : line_(begin), end_(end), columns_(columns) {
-    constexpr int N = T::kElements, kBlockThreads = kBlock / N;
-    const int needed = int((columns.end - columns.begin + N - 1) / N);
-    per_line_ = (needed + kBlockThreads - 1) / kBlockThreads * kBlockThreads;
+    constexpr int N = T::kElements;
+    const int needed = int(most((columns.end - columns.begin + N - 1) / N, 1));  // a part may have lines of nothing
+    per_line_ = (needed + together - 1) / together * together;
     lines_on_ = kThreads / per_line_;
     rest_on_ = kThreads % per_line_;
     line_ += thread_number() / per_line_;

@@ -27,7 +27,7 @@ _NATIVE = ("triton", "cuda", "cpp")
 # Those of them that step what is shared with other processes.
 _ABLE = {
     Sharing.NONE: _NATIVE,
-    Sharing.PARTS: ("cpp",),
+    Sharing.PARTS: _NATIVE,
     Sharing.ROUNDED: ("cpp",),
     Sharing.SCATTERED: (),
 }

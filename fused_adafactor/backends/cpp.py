@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of
+from fused_adafactor.binding import Binding, Cohort, Exchange, memory_of, sums_of
 from fused_adafactor.fields import DTYPES
 from fused_adafactor.metrics import Outcome
 from fused_adafactor.native import LIBRARY_ENVIRONMENT, library_path, load_library
@@ -410,17 +410,9 @@ def _fill_sums(record: _Tensor, b: Binding, geometry: Geometry) -> None:
     record.whole.stack_ndim = len(whole.stack)
     for number, (size, stride) in enumerate(whole.stack):
         record.whole.stack_sizes[number], record.whole.stack_strides[number] = size, stride
-    if len(b.sums) < 2:
-        return
-    names = {"row_sq": "line_sq", "col_sq": "cross_sq", "col_weighted": "weighted"}
-    if geometry.swapped:
-        names = {"row_sq": "cross_sq"}
-    for name, tensor in b.sums[0].items():
-        if name != "present":
-            setattr(record.partial, names.get(name, name), tensor.data_ptr())
-    for tensor in b.sums[1].values():
-        record.partial.measured_sq = tensor.data_ptr()
-    record.says_update_sq = "col_weighted" not in b.sums[0] or spec.has_first_row
+    for name, tensor in sums_of(b, geometry.swapped).items():
+        setattr(record.partial, name, tensor.data_ptr())
+    record.says_update_sq = b.says_update_sq
 
 
 def _scratch_bytes(geometry: Geometry, b: Binding) -> int:

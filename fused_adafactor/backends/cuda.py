@@ -27,7 +27,7 @@ from fused_adafactor.spec import TensorSpec
 from fused_adafactor.tickets import GPU_CUT, Tuning
 from fused_adafactor.traits import Traits
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_CUDA_LIBRARY"  # another build
 ENVIRONMENTS = (LIBRARY_ENVIRONMENT, LAUNCH_ENVIRONMENT)
 TUNING = Tuning()
@@ -43,6 +43,7 @@ class _Launch(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("scratch", "outcomes", "counters")),
         *((name, ctypes.c_int32) for name in ("begin", "end", "counter_count", "programs")),
         *((name, ctypes.c_int32) for name in ("waits", "joined", "math_dtype", "stash_bytes")),
+        ("keeps", ctypes.c_int32),
     ]
 
 
@@ -243,14 +244,15 @@ class CudaKernel:
         """Fill in what is the same in every step."""
         self._device = launcher.device
         self._number = launcher.device.index or 0
-        plain = any(map(_is_plain, launch.traits))
-        both_sweeps = {ItemKind.STATS, ItemKind.APPLY} <= set(launch.kinds)
+        arrive = ItemKind.STATS in launch.kinds and any(map(_is_plain, launch.traits))
+        stash_bytes = launcher.stash_bytes if arrive else 0
         self._record = _Launch(
             programs=launch.programs,
             waits=launch.waits,
             joined=launch.joined,
+            stash_bytes=stash_bytes,
             # Blocks keep gradients only for what they apply in the same launch.
-            stash_bytes=launcher.stash_bytes if launch.waits and both_sweeps and plain else 0,
+            keeps=stash_bytes > 0 and launch.waits and ItemKind.APPLY in launch.kinds,
             math_dtype=DTYPES[launcher.math_dtype],
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from fused_adafactor.launching import LAUNCHES, Executor
 from fused_adafactor.optimizer import AdafactorBase
 from fused_adafactor.plan import Activity, Facts, make_plan
 from fused_adafactor.slabs import ItemKind
+from fused_adafactor.spec import Shard, TensorSpec
+from fused_adafactor.summing import Round, after_stats, after_update_rms
 from fused_adafactor.tickets import GPU_CUT
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ RULES: Mapping[str, Mapping[str, Arguments]] = {
             "max_grad_norm": 1.0,
         },
         "momentum_of_8_bits": {"beta1": 0.9, "momentum_dtype": I8},
+        "clipped_low_state": {"beta1": 0.9, "state_dtype": BF16, "max_grad_norm": 1.0},
     },
     "adafactor_pytorch": {
         "defaults": {},
@@ -108,6 +111,10 @@ TENSORS: Mapping[str, Sequence[tuple[int, ...]]] = {
 }
 MODEL = "model"
 
+# How the parameters are split of which these tensors are parts, by dimension: the second half of
+# each dimension is here.
+SPLITS: Mapping[str, tuple[int, ...]] = {"rows": (0,), "columns": (-1,), "both": (0, -1)}
+
 # For one target only. Blocks of 8 bits lie in tiles of every kind, and where it is the gradient
 # that is averaged, the first sweep has them too.
 _MORE = (
@@ -118,6 +125,19 @@ _MORE = (
         ("hf", "momentum_of_8_bits", tensors, F32, F32)
         for tensors in ("ragged_lines", "tiny_matrices")
     ),
+)
+# What becomes of parts: every item, in both forms; second moments and parameters that are rounded
+# by the place that they have in the whole, which is in another order than theirs.
+_PARTS = (
+    *(("torch", "defaults", MODEL, F32, F32, form, "rows") for form in LAUNCHES),
+    *(("hf", "defaults", MODEL, BF16, BF16, "persistent", split) for split in SPLITS),
+    *(("torch", "stochastic", MODEL, BF16, BF16, "persistent", s) for s in ("rows", "columns")),
+    *(("torch", "bfloat16_state", t, BF16, BF16, "persistent", "rows") for t in (MODEL, "vectors")),
+    ("hf", "clipped_low_state", MODEL, BF16, BF16, "persistent", "both"),
+    ("hf", "momentum", "long_lines", BF16, BF16, "persistent", "columns"),
+    ("adafactor_pytorch", "amsgrad", MODEL, F32, F32, "persistent", "rows"),
+    ("adafactor_pytorch", "bfloat16_state", "ragged_vectors", BF16, BF16, "persistent", "rows"),
+    ("torch", "bfloat16_state", "tiny_matrices", BF16, BF16, "persistent", "rows"),
 )
 
 
@@ -132,6 +152,7 @@ class Case:
         dtype: Of the parameters.
         grad_dtype: Of their gradients.
         launch_form: ``persistent`` or ``phases``.
+        split: Which of ``SPLITS`` the tensors are parts by; None for whole ones.
     """
 
     dialect: str
@@ -140,13 +161,14 @@ class Case:
     dtype: torch.dtype
     grad_dtype: torch.dtype
     launch_form: str
+    split: str | None = None
 
     @override
     def __str__(self) -> str:
         """Its name: ``torch/defaults bfloat16 model persistent``, say."""
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.dtype, self.grad_dtype))
         words = [f"{self.dialect}/{self.rule}", "/".join(dtypes), self.tensors, self.launch_form]
-        return " ".join(words)
+        return " ".join([*words, *([] if self.split is None else [f"split:{self.split}"])])
 
     @property
     def possible(self) -> bool:
@@ -158,6 +180,23 @@ class Case:
     @property
     def _arguments(self) -> Arguments:
         return {**_ARGUMENTS.get(self.dialect, {}), **RULES[self.dialect][self.rule]}
+
+    def part_of(self, spec: TensorSpec) -> TensorSpec:
+        """A tensor as a part of one that is twice as large in each dimension that is split."""
+        if self.split is None:
+            return spec
+        dims = {dim % len(spec.shape): axis for axis, dim in enumerate(SPLITS[self.split])}
+        sizes = list(enumerate(spec.shape))
+        whole = tuple(2 * size if dim in dims else size for dim, size in sizes)
+        order = sorted(range(len(whole)), key=spec.param_strides.__getitem__, reverse=True)
+        shard = Shard(
+            whole=whole,
+            strides=torch.empty_permuted(whole, order, device="meta").stride(),
+            offset=tuple(size if dim in dims else 0 for dim, size in sizes),
+            split=tuple((dims[dim],) if dim in dims else () for dim, _ in sizes),
+            mesh=None,
+        )
+        return replace(spec, shard=shard)
 
     def optimizer(self) -> AdafactorBase:
         """The optimizer, with gradients of its parameters."""
@@ -200,8 +239,8 @@ def default_cases() -> dict[Case, tuple[str, ...]]:
     # What holds most on its way to a program: shared memory differs between GPUs.
     for dialect, rule in (("keras", "accumulated_average"), ("adafactor_pytorch", "amsgrad")):
         add(NVIDIA, dialect, rule, MODEL, F32, F32, "persistent")
-    for of_case in _MORE:
-        add(ONE, *of_case, "persistent")
+    for of_case in (*((*case, "persistent") for case in _MORE), *_PARTS):
+        add(ONE, *of_case)
     for tensors in TENSORS:
         for form in LAUNCHES:
             add(ONE, "torch", "defaults", tensors, BF16, BF16, form)
@@ -234,11 +273,17 @@ def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:
     assert optimizer._known is not None  # a first step prepares the next
     tasks = optimizer._known.prepared.tasks
     facts = Facts("triton", two_sweep=True, why="compiled only")
-    plan = make_plan(tuple(t.spec for t in tasks), facts, joins([t.cohort.rule for t in tasks]))
-    bindings = [
-        optimizer._engine.bind(t, planned) for t, planned in zip(tasks, plan.tensors, strict=True)
+    specs = tuple(case.part_of(t.spec) for t in tasks)
+    plan = make_plan(specs, facts, joins([t.cohort.rule for t in tasks]))
+    rounds = [
+        Round((planned.spec, taken(planned)) for planned in plan.tensors)
+        for taken in (after_stats, after_update_rms)
     ]
-    launcher = TritonLauncher(tasks[0].spec, case.launch_form)
+    bindings = [
+        optimizer._engine.bind(replace(t, spec=spec), planned, rounds)
+        for t, spec, planned in zip(tasks, specs, plan.tensors, strict=True)
+    ]
+    launcher = TritonLauncher(specs[0], case.launch_form)
     executor = Executor(bindings, plan.segments, launcher)
     launches = [launch for phases in plan.segments for launch in executor.launches_of(phases)]
     rule = tasks[0].cohort.rule

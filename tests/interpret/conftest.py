@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fused_adafactor import launching
 from fused_adafactor.backends import cuda
 from fused_adafactor.backends import triton as backend
 from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
@@ -69,6 +70,18 @@ def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which tensors of a few hundred elements have everything that large ones have."""
     use(monkeypatch, SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sums that nobody has taken: those of a part without elements, say."""
+    prepare = launching.Executor.prepare
+
+    def poisoned(executor: launching.Executor) -> None:
+        prepare(executor)
+        executor.scratch.fill_(255)
+
+    monkeypatch.setattr(launching.Executor, "prepare", poisoned)
 
 
 @pytest.fixture(autouse=True)

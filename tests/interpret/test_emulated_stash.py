@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_adafactor import fields as f
 from fused_adafactor.backends import cuda
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT
 from tests import emulated
 from tests.interpret.small import BACKEND, SMALL, assert_same, built, judged, results, use
 from tests.interpret.small import run as run_rule
@@ -52,7 +53,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def start_and_count(self: Any, arguments: Any) -> None:
         start(self, arguments)
-        if not self._record.stash_bytes:
+        if not self._record.keeps:
             return
         marks = 0
         for row in arguments.table:
@@ -182,6 +183,22 @@ def test_no_shared_memory_is_taken_where_nothing_is_ever_kept(
 ) -> None:
     run_rule(rule, [shape], dtype, steps=1)
     assert len(held) == takes
+
+
+@pytest.mark.parametrize("extras", [{"max_grad_norm": 0.5}, {}], ids=["paused", "phases"])
+def test_gradients_arrive_so_where_none_may_stay(
+    extras: dict[str, Any], held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two launches with a pause between them, and of one for each phase, the first reads."""
+    if not extras:
+        monkeypatch.setenv(LAUNCH_ENVIRONMENT, "phases")
+    runs = []
+    for size in (0, 200 * 1024):
+        with monkeypatch.context() as patch:
+            stash_of(patch, size)
+            runs.append(run_rule("hf", SHAPES, BF16, **extras))
+    assert_same(*runs)
+    assert not held
 
 
 @pytest.mark.parametrize("extras", [{"nonfinite": "skip"}, {"max_grad_norm": 0.5}], ids=str)

@@ -28,6 +28,8 @@ COMPILED = [
     ("torch/defaults bfloat16 tiny_matrices phases", "sm_90"),
     ("torch/bfloat16_state bfloat16 tiny_matrices persistent", "sm_90"),
     ("adafactor_pytorch/bfloat16_state bfloat16 model persistent", "sm_90"),
+    ("torch/stochastic bfloat16 model persistent split:rows", "sm_90"),
+    ("torch/bfloat16_state bfloat16 tiny_matrices persistent split:rows", "sm_90"),
     ("adafactor_pytorch/defaults bfloat16 model phases", "gfx942"),
     ("torch/defaults bfloat16 small_lines phases", "gfx942"),
 ]
@@ -119,8 +121,7 @@ def test_every_switch_is_compiled_on_and_off(default_work: list[codegen.Work]) -
     missed = {n for n in switches if {getattr(v, n) for v in variants} != {False, True}}
     assert missed == {"LONG"}  # no tensor here is that large
     kinds = zip(*(v.KINDS for v in variants), strict=True)
-    # Only a CPU has items that step a whole tensor, or lie around the sums of other processes.
-    assert [any(kind) for kind in kinds] == [False, *[True] * 10, False, False]
+    assert [any(kind) for kind in kinds] == [False, *[True] * 12]  # a CPU's steps a whole tensor
     assert {v.MOMENTUM for v in variants} == {0, 1, 2, 3}
     assert {width for v in variants for width in v.WIDTHS} == {128 << n for n in range(7)}
     assert len({v.PARAM for v in variants}) == len({v.GRAD for v in variants}) == 4

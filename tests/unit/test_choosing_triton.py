@@ -51,6 +51,11 @@ def test_auto_takes_it_for_tensors_of_a_gpu_and_says_how_it_launches(machine: An
     assert backends.choose("triton", CUDA).why == "asked for"
 
 
+def test_auto_takes_it_for_parts_of_distributed_parameters_too(machine: Any) -> None:
+    machine()
+    assert backends.choose("auto", CUDA, split=True).backend == "triton"
+
+
 def test_amd_takes_the_other_launch_form_unless_told(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

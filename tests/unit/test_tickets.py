@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import hypothesis
 import pytest
@@ -19,6 +20,7 @@ from fused_adafactor.tickets import (
     GPU_CUT,
     TENSOR_COUNTERS,
     Pieces,
+    Sending,
     Ticket,
     Tuning,
     kinds_of,
@@ -37,6 +39,20 @@ SEGMENTS = {
     "first": (Phase.STATS,),
     "second": (Phase.FINALIZE, Phase.UPDATE_RMS, Phase.APPLY),
 }
+PLAIN = {"amsgrad_or_clamp": False, "norm_clipped": False, "raw_lines": False}
+SPLIT_SEGMENTS = {
+    "stats": (Phase.STATS,),
+    "measure": (Phase.FINALIZE, Phase.UPDATE_RMS),
+    "apply": (Phase.APPLY,),
+}
+EVERY_SEGMENT = pytest.mark.parametrize(
+    ("phases", "split"),
+    [
+        *((phases, False) for phases in SEGMENTS.values()),
+        *((phases, True) for phases in SPLIT_SEGMENTS.values()),
+    ],
+    ids=[*SEGMENTS, *SPLIT_SEGMENTS],
+)
 
 
 def spec_of(shape: tuple[int, ...], view: View = View.LAST_TWO, turned: bool = False) -> TensorSpec:
@@ -100,6 +116,7 @@ SWITCHES = st.fixed_dictionaries(
         "measures": st.booleans(),
         "amsgrad_or_clamp": st.booleans(),
         "norm_clipped": st.booleans(),
+        "raw_lines": st.booleans(),
     }
 )
 
@@ -111,17 +128,26 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
-def cut_up(spec: TensorSpec, tuning: Tuning, **switches: bool) -> Pieces:
+def cut_up(spec: TensorSpec, tuning: Tuning, **switches: Any) -> Pieces:
     return pieces_of(geometry_of(spec, tuning.cut), tuning, **switches)
 
 
+Model = tuple[list[Pieces], list[list[int]], Tuning]
+SENDING = st.one_of(
+    st.builds(Sending, across=st.booleans(), weighted=st.booleans(), update_sq=st.just(False)),
+    st.just(Sending(across=False, weighted=False, update_sq=True)),
+)
+
+
 @st.composite
-def models(draw: st.DrawFn) -> tuple[list[Pieces], list[list[int]], Tuning]:
-    """Tensors that are stepped together, in pieces and waves."""
+def models(draw: st.DrawFn) -> tuple[Model, Model]:
+    """Tensors that are stepped together, in pieces and waves: plain ones, and the same split."""
     tuning, switches = draw(TUNINGS), draw(SWITCHES)
     specs = draw(st.lists(SPECS, min_size=1, max_size=7))
-    pieces = [cut_up(spec, tuning, **switches) for spec in specs]
-    return pieces, waves_of([8 * spec.numel for spec in specs], tuning.wave_bytes), tuning
+    waves = waves_of([8 * spec.numel for spec in specs], tuning.wave_bytes)
+    plain = [cut_up(spec, tuning, **switches) for spec in specs]
+    split = [cut_up(spec, tuning, sending=draw(SENDING), **switches) for spec in specs]
+    return (plain, waves, tuning), (split, waves, tuning)
 
 
 def needed_by(item: Item, pieces: Sequence[Pieces]) -> Iterator[Item]:
@@ -133,8 +159,11 @@ def needed_by(item: Item, pieces: Sequence[Pieces]) -> Iterator[Item]:
     if kind is ItemKind.STATS and p.chunks > 1:
         first = unit // p.chunks * p.chunks
         yield from ((ItemKind.CHUNK, number, u) for u in range(first, first + p.chunks))
-    elif kind in (ItemKind.MERGE, ItemKind.TOTAL):
+    elif kind in (ItemKind.SHARE, ItemKind.MERGE):
         yield from stats
+    elif kind is ItemKind.TOTAL:
+        yield from stats
+        yield from ((ItemKind.SHARE, number, part) for part in range(shares_of(p)))
     elif kind is ItemKind.FINALIZE:
         yield from stats
         yield from ((ItemKind.MERGE, number, part) for part in range(p.merges))
@@ -147,13 +176,21 @@ def needed_by(item: Item, pieces: Sequence[Pieces]) -> Iterator[Item]:
         yield finalize
         if p.third_sweep is not None:
             yield (ItemKind.MEASURE, number, 0)
+        if p.sending is not None:
+            yield (ItemKind.SETTLE, number, 0)
 
 
-def expected(pieces: Sequence[Pieces], kinds: Sequence[ItemKind]) -> Counter[Item]:
-    """Every item that these kinds have."""
+def shares_of(p: Pieces) -> int:
+    return p.merges if p.sending is not None and p.sending.across else 0
+
+
+def expected(pieces: Sequence[Pieces], phases: Sequence[Phase]) -> Counter[Item]:
+    """Every item that the tensors have in these phases."""
     items: Counter[Item] = Counter()
     for number, p in enumerate(pieces):
         counts = {
+            ItemKind.SHARE: shares_of(p),
+            ItemKind.SETTLE: 1,
             ItemKind.CHUNK: p.units if p.chunks > 1 else 0,
             ItemKind.STATS: p.units,
             ItemKind.TOTAL: 1,
@@ -163,6 +200,7 @@ def expected(pieces: Sequence[Pieces], kinds: Sequence[ItemKind]) -> Counter[Ite
             ItemKind.MEASURE: 1 if p.third_sweep else 0,
             ItemKind.APPLY: p.units,
         }
+        kinds = kinds_of(phases, p.sending)
         items.update((kind, number, unit) for kind in kinds for unit in range(counts[kind]))
     return items
 
@@ -171,54 +209,82 @@ def flat(tickets: Sequence[Ticket]) -> list[Item]:
     return [item for ticket in tickets for item in ticket]
 
 
-@pytest.mark.parametrize("phases", SEGMENTS.values(), ids=SEGMENTS)
+@EVERY_SEGMENT
 @hypothesis.given(models())
 @hypothesis.settings(max_examples=50)
 def test_an_item_waits_for_what_comes_before_it_only(
-    phases: tuple[Phase, ...], model: tuple[list[Pieces], list[list[int]], Tuning]
+    phases: tuple[Phase, ...], split: bool, model: tuple[Model, Model]
 ) -> None:
     """In tickets taken in order; so programs, however few, never wait for each other in a ring."""
-    pieces, waves, tuning = model
-    kinds = kinds_of(phases)
-    items = flat(tickets_of(pieces, waves, kinds, tuning))
-    assert Counter(items) == expected(pieces, kinds)
+    pieces, waves, tuning = model[split]
+    items = flat(tickets_of(pieces, waves, phases, tuning))
+    here = expected(pieces, phases)
+    assert Counter(items) == here
     place = {item: at for at, item in enumerate(items)}
     for item in items:
         for before in needed_by(item, pieces):
-            if before[0] in kinds:
+            if before in here:
                 assert place[before] < place[item], (before, item)
 
 
-@pytest.mark.parametrize("phases", SEGMENTS.values(), ids=SEGMENTS)
+@EVERY_SEGMENT
 @hypothesis.given(models())
 @hypothesis.settings(max_examples=50)
 def test_an_item_of_a_launch_needs_earlier_launches_or_its_own_ticket(
-    phases: tuple[Phase, ...], model: tuple[list[Pieces], list[list[int]], Tuning]
+    phases: tuple[Phase, ...], split: bool, model: tuple[Model, Model]
 ) -> None:
     """Where nobody waits, tickets of one launch run in any order."""
-    pieces, _, tuning = model
-    kinds = kinds_of(phases)
+    pieces, _, tuning = model[split]
+    here = expected(pieces, phases)
     done: set[Item] = set()
     everything: Counter[Item] = Counter()
-    for launch in launches_of(pieces, kinds, tuning):
+    for launch in launches_of(pieces, phases, tuning):
         for ticket in launch:
             mine: set[Item] = set()
             for item in ticket:
-                needed = {before for before in needed_by(item, pieces) if before[0] in kinds}
+                needed = {before for before in needed_by(item, pieces) if before in here}
                 assert needed <= done | mine, item
                 mine.add(item)
         done.update(flat(launch))
         everything.update(flat(launch))
-    assert everything == expected(pieces, kinds)
+    assert everything == here
+
+
+@hypothesis.given(models())
+@hypothesis.settings(max_examples=50)
+def test_the_segments_of_what_is_split_have_each_item_of_an_update_once(
+    model: tuple[Model, Model],
+) -> None:
+    """But for a second FINALIZE of what is finalized before its sums have come."""
+    (plain, _, _), (split, waves, tuning) = model
+    items: Counter[Item] = Counter()
+    for phases in SPLIT_SEGMENTS.values():
+        items.update(flat(tickets_of(split, waves, phases, tuning)))
+    whole = expected(plain, tuple(Phase))
+    for number, p in enumerate(split):
+        assert p.sending is not None
+        again = 2 if p.sending.update_sq else 1
+        assert items.pop((ItemKind.FINALIZE, number, 0)) == again
+        assert items.pop((ItemKind.TOTAL, number, 0)) == items.pop((ItemKind.SETTLE, number, 0))
+        for kind in (ItemKind.UPDATE_RMS, ItemKind.MEASURE):
+            mine = [item for item in whole if item[:2] == (kind, number)]
+            if p.sending.weighted:
+                assert not any(item in items for item in mine)
+                for item in mine:
+                    del whole[item]
+        del whole[ItemKind.FINALIZE, number, 0]
+    for item in [item for item in items if item[0] is ItemKind.SHARE]:
+        del items[item]
+    assert items == whole
 
 
 @hypothesis.given(models())
 @hypothesis.settings(max_examples=50)
 def test_a_place_in_the_scratch_is_free_before_it_is_used_again(
-    model: tuple[list[Pieces], list[list[int]], Tuning],
+    model: tuple[Model, Model],
 ) -> None:
-    pieces, waves, tuning = model
-    items = flat(tickets_of(pieces, waves, kinds_of(tuple(Phase)), tuning))
+    pieces, waves, tuning = model[False]
+    items = flat(tickets_of(pieces, waves, tuple(Phase), tuning))
     wave_of = {number: index for index, wave in enumerate(waves) for number in wave}
     applied = [sum(pieces[number].units for number in wave) for wave in waves]
     for kind, number, _ in items:
@@ -232,11 +298,11 @@ def test_a_place_in_the_scratch_is_free_before_it_is_used_again(
 @hypothesis.given(models())
 @hypothesis.settings(max_examples=50)
 def test_the_second_sweep_follows_the_first_one_of_the_next_wave(
-    model: tuple[list[Pieces], list[list[int]], Tuning],
+    model: tuple[Model, Model],
 ) -> None:
     """Its sums have long been taken by then, and what it reads is still in a cache."""
-    pieces, waves, tuning = model
-    items = flat(tickets_of(pieces, waves, kinds_of(tuple(Phase)), tuning))
+    pieces, waves, tuning = model[False]
+    items = flat(tickets_of(pieces, waves, tuple(Phase), tuning))
     large = [[n for n in wave if not pieces[n].whole] for wave in waves]
     first = [[at for at, item in enumerate(items) if item[1] in wave] for wave in large]
     for index, wave in enumerate(large):
@@ -251,12 +317,12 @@ def test_the_second_sweep_follows_the_first_one_of_the_next_wave(
 @hypothesis.given(models())
 @hypothesis.settings(max_examples=50)
 def test_the_second_sweep_goes_back_over_what_was_read_last(
-    model: tuple[list[Pieces], list[list[int]], Tuning],
+    model: tuple[Model, Model],
 ) -> None:
-    pieces, waves, tuning = model
+    pieces, waves, tuning = model[False]
     applied = [
         (number, unit)
-        for kind, number, unit in flat(tickets_of(pieces, waves, [ItemKind.APPLY], tuning))
+        for kind, number, unit in flat(tickets_of(pieces, waves, (Phase.APPLY,), tuning))
         if kind is ItemKind.APPLY and not pieces[number].whole
     ]
     for wave in waves:
@@ -267,9 +333,8 @@ def test_the_second_sweep_goes_back_over_what_was_read_last(
 def test_chunks_are_summed_ahead_of_the_slab_that_needs_them() -> None:
     """Nobody waits for a sum that has just been begun, and none is far from its use."""
     tuning = replace(Tuning(), cut=replace(GPU_CUT, slab_elements=2**19), widest=1024, chunk=512)
-    switches = {"measures": True, "amsgrad_or_clamp": False, "norm_clipped": False}
-    pieces = [cut_up(spec_of((4096, 5000)), tuning, **switches)]
-    items = flat(tickets_of(pieces, [[0]], kinds_of((Phase.STATS,)), tuning))
+    pieces = [cut_up(spec_of((4096, 5000)), tuning, measures=True, **PLAIN)]
+    items = flat(tickets_of(pieces, [[0]], (Phase.STATS,), tuning))
     (p,) = pieces
     assert p.chunks == 10
     assert p.geometry.slabs > 20
@@ -370,7 +435,7 @@ def test_sums_of_a_large_matrix_are_a_small_share_of_it(
     """Of a bfloat16 parameter and its gradient; and there are few pieces, however large it is."""
     spec = spec_of((*stack, *matrix), turned=turned)
     tuning = Tuning()
-    switches = {"measures": True, "amsgrad_or_clamp": True, "norm_clipped": False}
+    switches = {**PLAIN, "measures": True, "amsgrad_or_clamp": True}
     p = cut_up(spec, tuning, **switches)
     assert scratch_of(p, 4, 0).end <= spec.numel * 4 * 0.1
     assert p.geometry.slabs_per_matrix <= tuning.cut.most_slabs

@@ -9,7 +9,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kCudaAbiVersion = 1;
+constexpr int32_t kCudaAbiVersion = 2;
 
 // One launch. Addresses are those of the device; the columns of the tables are in fields.h.
 struct CudaLaunch {
@@ -30,7 +30,8 @@ struct CudaLaunch {
   int32_t waits;            // items wait for each other, and blocks take tickets in order; else each block has one
   int32_t joined;           // the first sweep was another launch
   int32_t math_dtype;       // kFloat32 or kFloat64
-  int32_t stash_bytes;      // of shared memory, for gradients kept between the sweeps; 0 for none
+  int32_t stash_bytes;      // of shared memory, for gradients on their way to the first sweep; 0 for none
+  int32_t keeps;            // some of them stay there for the second one, which is in this launch
 };
 
 }  // namespace fused_adafactor

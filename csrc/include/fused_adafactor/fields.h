@@ -65,7 +65,29 @@ enum TensorField : int {
   kExpAvgDtype = 88,
   kSwitches = 89,  // the bits below
   kMirror = 90,    // address, or 0
-  kTensorFields = 91,
+  // Sums of a tensor that other processes have other parts of, in the math dtype: addresses in messages, 0 for what is
+  // not sent; see PartialSums of abi.h.
+  kSharedGradSq = 91,
+  kSharedParamSq = 92,
+  kSharedUpdateSq = 93,    // taken with those above: the first segment finalizes the tensor
+  kSharedMeasuredSq = 94,  // Σ u² too, taken before APPLY
+  kSharedRowVarSum = 95,   // [batch]
+  kSharedRowSqSum = 96,    // [batch]
+  kSharedLineSq = 97,      // [batch, rows]
+  kSharedCrossSq = 98,     // [batch, cols]
+  kSharedWeighted = 99,    // [batch, cols]
+  kSaysUpdateSq = 100,     // 1, or 0 where another process says what is known of all rows
+  kWholeNumel = 101,       // the parameter, of which a tensor may be a part: see WholeParameter of abi.h
+  kWholeRows = 102,        // lines of a matrix of it
+  kWholeCols = 103,        // elements of such a line
+  kFirstRow = 104,
+  kFirstCol = 105,
+  kFirstElement = 106,
+  kFirstMatrix = 107,
+  kStackDims = 108,
+  kStackSizes = 109,  // up to 8 each
+  kStackStrides = 117,
+  kTensorFields = 125,
 };
 
 // Bits of a tensor's switches: what one of Triton's kernels is compiled for, see backends/triton/variants.py.
@@ -86,6 +108,8 @@ enum Switch : int {
   kMomentumSwitch = 13,    // two bits: none, or the site of the first moment: 1 gradient, 2 update, 3 step
   kWholeBlocksSwitch = 15,  // eight neighbours share a Philox block
   kAccumulatesSwitch = 16,  // gradients are averaged over several calls
+  kSplitSwitch = 17,        // other processes have other parts
+  kRawLinesSwitch = 18,     // the first sweep sums g² along lines, whose second moments come later
 };
 
 // Counters of a tensor.
@@ -213,7 +237,9 @@ enum Kind : int {
   kAverageKind = 7,
   kMergeKind = 8,
   kChunkKind = 9,   // sums along very long lines, chunk by chunk
-  kTotalKind = 10,  // the norm of the gradient
+  kTotalKind = 10,  // sums of a tensor that something waits for: a norm, or a message
+  kShareKind = 11,   // sums across lines that go into a message
+  kSettleKind = 12,  // RMS(u) from a message
 };
 
 }  // namespace fields

@@ -14,9 +14,11 @@ from fused_adafactor.backends.triton.memory import (
     hinted,
     in_scratch,
     lines_of,
+    moment_of,
     pointer,
     read,
     read_unclipped,
+    sums_of_lines,
 )
 from fused_adafactor.backends.triton.update import (
     new_factor,
@@ -32,7 +34,7 @@ from fused_adafactor.backends.triton.update import (
 def sum_chunk(row, rule, grad, scratch, unit, V: tl.constexpr):
     """Σ_j g² of the lines of a slab, over the columns of one chunk."""
     chunks = tl.load(row + f.CHUNKS)
-    begin, end, _ = lines_of(row, unit // chunks)
+    begin, end, _ = lines_of(row, unit // chunks, V)
     TILE_LINES: tl.constexpr = (V.TILE + V.CHUNK - 1) // V.CHUNK
     first_col, last_col = columns_of(row, unit % chunks)
     first_col = hinted(first_col, V)
@@ -64,6 +66,8 @@ def _sum_of_chunks(row, scratch, line, mask, V: tl.constexpr):
 def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: tl.constexpr):
     """Sums over a slab of lines of matrices, along them and across; final second moments of lines.
 
+    Where these cannot be known yet, it leaves the sums that they follow from.
+
     ``WIDTH`` is that of a tile, which holds whole lines, or a chunk of very long ones.
     """
     TILE_LINES: tl.constexpr = (V.TILE + WIDTH - 1) // WIDTH
@@ -74,12 +78,12 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
     rows = tl.load(row + f.ROWS)
     per_matrix = tl.load(row + f.SLABS_PER_MATRIX)
     cols = hinted(tl.load(row + f.COLS), V)
-    begin, end, block = lines_of(row, slab)
+    begin, end, block = lines_of(row, slab, V)
     first_col, last_col = columns_of(row, chunk)
     first_col = hinted(first_col, V)
     column = tl.arange(0, WIDTH)
     col_mask = first_col + column < hinted(last_col, V)
-    lines = in_scratch(row, scratch, f.LINES, V.MATH)
+    lines = sums_of_lines(row, scratch, V)
     old_lines = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V)
     grad_sq = tl.zeros((TILE_LINES,), tl.float64)
     param_sq = tl.zeros((TILE_LINES,), tl.float64)
@@ -92,7 +96,9 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
             line_mask = line < last
             mask = line_mask[:, None] & col_mask[None, :]
             k = (line * cols + first_col)[:, None] + column[None, :]
-            random = random_of_factor(row, integers, line, False, V)  # before registers are full
+            # Before registers are full.
+            of_whole = moment_of(row, line, False, V)
+            random = random_of_factor(row, integers, of_whole, False, V)
             raw = read_unclipped(row, rule, grad, k, mask, V)
             if V.VALUE_CLIP:
                 # An Inf must not hide behind the clip.
@@ -106,7 +112,7 @@ def sum_lines(row, rule, integers, grad, scratch, unit, WIDTH: tl.constexpr, V: 
                 if chunks > 1:
                     line_sq = _sum_of_chunks(row, scratch, line, line_mask, V)
             square += g_sq
-            if V.NORM_CLIPPED:
+            if V.RAW_LINES:
                 new = line_sq
             else:
                 old = tl.load(old_lines + line, mask=line_mask, other=0.0).to(V.MATH)
@@ -173,7 +179,7 @@ def sum_flat(row, rule, integers, grad, scratch, unit, TINY: tl.constexpr, V: tl
 @triton.jit
 def elements_of(row, slab, V: tl.constexpr):
     """First element of a slab that has no lines, the end, and from tile to tile."""
-    begin, end, _ = lines_of(row, slab)
+    begin, end, _ = lines_of(row, slab, V)
     cols = tl.load(row + f.COLS)
     return begin * cols, tl.minimum(end * cols, tl.load(row + f.NUMEL)), tl.load(row + f.STRIDE)
 

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from fused_adafactor.backends.triton import fields as f
-from fused_adafactor.backends.triton.factors import finalize, measure, merge, total_grad_sq
+from fused_adafactor.backends.triton.factors import finalize, measure, merge, settle
 from fused_adafactor.backends.triton.first_sweep import sum_chunk, sum_unit
+from fused_adafactor.backends.triton.messages import share, total
 from fused_adafactor.backends.triton.second_sweep import (
     accumulate_slab,
     apply_unit,
@@ -75,7 +76,15 @@ def run_item(
     if V.KINDS[f.TOTAL_KIND]:
         if kind == f.TOTAL_KIND:
             wait_for(progress + f.STATS_DONE, units, V)
-            total_grad_sq(row, scratch, outcome, V)
+            if V.SPLIT and V.LINES:
+                shares = tl.where(tl.load(row + f.SHARED_CROSS_SQ) == 0, 0, tl.load(row + f.MERGES))
+                wait_for(progress + f.MERGES_DONE, shares, V)
+            total(row, scratch, outcome, V)
+    if V.SPLIT and V.LINES and V.KINDS[f.SHARE_KIND]:
+        if kind == f.SHARE_KIND:
+            wait_for(progress + f.STATS_DONE, units, V)
+            share(row, scratch, unit, V)
+            count_up(progress + f.MERGES_DONE, V)
     if V.LINES and V.KINDS[f.MERGE_KIND]:
         if kind == f.MERGE_KIND:
             if not V.JOINED:
@@ -86,8 +95,11 @@ def run_item(
         if kind == f.FINALIZE_KIND:
             if not V.JOINED:
                 wait_for(progress + f.STATS_DONE, units, V)
-            wait_for(progress + f.MERGES_DONE, tl.load(row + f.MERGES), V)
-            measured = finalize(row, rule, scratch, outcome, skips + tensor, V)
+            merges = tl.load(row + f.MERGES)
+            if V.SPLIT and V.JOINED:  # it was finalized in the first segment, but for its sums
+                merges = tl.where(tl.load(row + f.SHARED_UPDATE_SQ) == 0, merges, 0)
+            wait_for(progress + f.MERGES_DONE, merges, V)
+            measured = finalize(row, rule, scratch, outcome, factor, skips + tensor, V)
             count_up(progress + f.FINALIZED, V)
             if measured > 0:
                 count_up(progress + f.MEASURED, V)
@@ -104,6 +116,11 @@ def run_item(
             if tl.load(outcome + f.UNKNOWN) > 0:
                 measure(row, rule, scratch, outcome, V)
                 count_up(progress + f.MEASURED, V)
+    if V.KINDS[f.SETTLE_KIND]:
+        if kind == f.SETTLE_KIND:
+            if V.MEASURES:
+                settle(row, rule, outcome, V)
+            count_up(progress + f.MEASURED, V)
     if V.KINDS[f.APPLY_KIND]:
         if kind == f.APPLY_KIND:
             wait_for(progress + f.MEASURED, 1, V)

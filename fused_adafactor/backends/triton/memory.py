@@ -22,6 +22,18 @@ def in_scratch(row, scratch, FIELD: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def whole_rows(row, V: tl.constexpr):
+    """Lines of a matrix, those of other processes too."""
+    return tl.load(row + (f.WHOLE_ROWS if V.SPLIT else f.ROWS))
+
+
+@triton.jit
+def whole_cols(row, V: tl.constexpr):
+    """Elements of a line, likewise. Of a whole one it is a number that a sweep has at hand."""
+    return tl.load(row + (f.WHOLE_COLS if V.SPLIT else f.COLS))
+
+
+@triton.jit
 def hinted(x, V: tl.constexpr):
     """A number of elements that is a multiple of 16 in this variant.
 
@@ -42,19 +54,98 @@ def pointer(address, DTYPE: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def in_message(row, FIELD: tl.constexpr, V: tl.constexpr):
+    """A place in a message, where numbers begin anywhere."""
+    return tl.load(row + FIELD).to(tl.pointer_type(V.MATH))
+
+
+@triton.jit
+def sums_of_lines(row, scratch, V: tl.constexpr):
+    """Where the first sweep leaves what is known of lines: in a message, where they are split."""
+    place = in_scratch(row, scratch, f.LINES, V.MATH)
+    if V.SPLIT and V.RAW_LINES:
+        sent = tl.load(row + f.SHARED_LINE_SQ)
+        place = tl.where(sent == 0, place.to(tl.int64), sent).to(tl.pointer_type(V.MATH))
+    return place
+
+
+@triton.jit
 def offset_of(row, STRIDES: tl.constexpr, k, V: tl.constexpr):
     """Where elements of these numbers lie."""
     if V.STRIDED:
-        INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
-        offset = tl.zeros(k.shape, INDEX)
-        rest = k.to(INDEX)
-        dims = tl.load(row + f.DIMS)
-        for back in range(1, dims + 1):
-            size = tl.load(row + f.SIZES + dims - back).to(INDEX)
-            offset += rest % size * tl.load(row + STRIDES + dims - back).to(INDEX)
-            rest = rest // size
+        offset = _by_dims(row, f.DIMS, f.SIZES, STRIDES, k, tl.int64 if V.LONG else tl.int32)
     else:
         offset = k
+    return offset
+
+
+@triton.jit
+def element_of(row, k, V: tl.constexpr):
+    """Row-major index in the parameter, which this may be a part of, of elements of these numbers.
+
+    Where it is split, they may lie one after the other and not be numbered so in the whole.
+    """
+    if V.SPLIT:
+        INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+        element = _by_dims(row, f.DIMS, f.SIZES, f.LOGICAL, k, INDEX)
+        element += tl.load(row + f.FIRST_ELEMENT).to(INDEX)
+    else:
+        element = offset_of(row, f.LOGICAL, k, V)
+    return element
+
+
+@triton.jit
+def block_of(row, first, V: tl.constexpr):
+    """The block of eight elements of the parameter that begins with this one."""
+    if V.SPLIT:
+        first += tl.load(row + f.FIRST_ELEMENT)
+    return first >> 3
+
+
+@triton.jit
+def matrix_of(row, matrix, V: tl.constexpr):
+    """Number in the parameter of matrices of this part of it."""
+    if V.SPLIT:
+        INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+        matrix = _by_dims(row, f.STACK_DIMS, f.STACK_SIZES, f.STACK_STRIDES, matrix, INDEX)
+        matrix += tl.load(row + f.FIRST_MATRIX).to(INDEX)
+    return matrix
+
+
+@triton.jit
+def moment_of(row, element, ACROSS: tl.constexpr, V: tl.constexpr):
+    """Where second moments of lines, or across them, are in their entry of the whole parameter.
+
+    ``element`` is where they are in that of this part.
+    """
+    INDEX: tl.constexpr = tl.int64 if V.LONG else tl.int32
+    element = element.to(INDEX)
+    if V.SPLIT:
+        count = tl.load(row + (f.COLS if ACROSS else f.ROWS)).to(INDEX)
+        count = tl.maximum(count, 1)  # a part may have none
+        first = tl.load(row + (f.FIRST_COL if ACROSS else f.FIRST_ROW)).to(INDEX)
+        whole = tl.load(row + (f.WHOLE_COLS if ACROSS else f.WHOLE_ROWS)).to(INDEX)
+        element = matrix_of(row, element // count, V) * whole + first + element % count
+    return element
+
+
+@triton.jit
+def _by_dims(
+    row,
+    DIMS: tl.constexpr,
+    SIZES: tl.constexpr,
+    STRIDES: tl.constexpr,
+    k,
+    INDEX: tl.constexpr,
+):
+    """What the strides make of numbers that are row-major over these sizes."""
+    offset = tl.zeros(k.shape, INDEX)
+    rest = k.to(INDEX)
+    dims = tl.load(row + DIMS)
+    for back in range(1, dims + 1):
+        size = tl.load(row + SIZES + dims - back).to(INDEX)
+        offset += rest % size * tl.load(row + STRIDES + dims - back).to(INDEX)
+        rest = rest // size
     return offset
 
 
@@ -129,8 +220,11 @@ def read_grad(row, rule, grad, factor, k, mask, V: tl.constexpr, LAST: tl.conste
 
 
 @triton.jit
-def lines_of(row, slab):
-    """First line of a slab, the end of its lines, and how many of them are of one matrix."""
+def lines_of(row, slab, V: tl.constexpr):
+    """First line of a slab, the end of its lines, and how many of them are of one matrix.
+
+    A matrix of a part without elements may have no lines; there is a slab of them all the same.
+    """
     rows = tl.load(row + f.ROWS)
     length = tl.load(row + f.LINES_PER_SLAB)
     per_matrix = tl.load(row + f.SLABS_PER_MATRIX)
@@ -138,7 +232,10 @@ def lines_of(row, slab):
     begin = first_of_matrix + slab % per_matrix * length
     all_lines = rows * tl.load(row + f.BATCH)
     end = tl.minimum(begin + length, tl.where(per_matrix == 1, all_lines, first_of_matrix + rows))
-    return begin, end, tl.minimum(length, rows)
+    block = tl.minimum(length, rows)
+    if V.SPLIT:
+        block = tl.maximum(block, 1)
+    return begin, end, block
 
 
 @triton.jit

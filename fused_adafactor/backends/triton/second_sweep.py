@@ -20,7 +20,9 @@ from fused_adafactor.backends.triton.formulas import (
     to_bfloat16_stochastic,
 )
 from fused_adafactor.backends.triton.memory import (
+    block_of,
     columns_of,
+    element_of,
     hinted,
     in_scratch,
     lines_of,
@@ -57,7 +59,7 @@ def measure_lines(row, rule, grad, factor, scratch, unit, SPAN: tl.constexpr, V:
     chunks = tl.load(row + f.CHUNKS)
     rows = tl.load(row + f.ROWS)
     cols = hinted(tl.load(row + f.COLS), V)
-    begin, end, block = lines_of(row, unit // chunks)
+    begin, end, block = lines_of(row, unit // chunks, V)
     first_col, last_col = columns_of(row, unit % chunks)
     most = number(rule, f.MOST_ROOT, V)
     total = tl.zeros((TILE_LINES,), tl.float64)
@@ -126,7 +128,7 @@ def apply_lines(
     chunks = tl.load(row + f.CHUNKS)
     rows = tl.load(row + f.ROWS)
     cols = hinted(tl.load(row + f.COLS), V)
-    begin, end, block = lines_of(row, unit // chunks)
+    begin, end, block = lines_of(row, unit // chunks, V)
     first_col, last_col = columns_of(row, unit % chunks)
     for first_of_block in range(begin, end, block):
         last = tl.minimum(first_of_block + block, end)
@@ -152,12 +154,22 @@ def apply_lines(
                     SPAN, False, V,
                 )  # fmt: skip
         if first_of_block == matrix * rows:
-            crossing = in_scratch(row, scratch, f.CROSS, V.MATH) + matrix * cols
-            place = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V) + matrix * cols
-            for column in range(first_col, last_col, SPAN):
-                col = column + tl.arange(0, SPAN)
-                cross = tl.load(crossing + col, mask=col < last_col)
-                tl.store(place + col, round_nearest(cross, V.MOMENT), mask=col < last_col)
+            _write_cross(row, scratch, matrix, first_col, last_col, SPAN, V)
+    if V.SPLIT:
+        if rows == 0:  # they are those of other processes' lines
+            _write_cross(row, scratch, unit // chunks, first_col, last_col, SPAN, V)
+
+
+@triton.jit
+def _write_cross(row, scratch, matrix, first_col, last_col, SPAN: tl.constexpr, V: tl.constexpr):
+    """Store second moments across the lines of a matrix, of some columns."""
+    cols = hinted(tl.load(row + f.COLS), V)
+    crossing = in_scratch(row, scratch, f.CROSS, V.MATH) + matrix * cols
+    place = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V) + matrix * cols
+    for column in range(first_col, last_col, SPAN):
+        col = column + tl.arange(0, SPAN)
+        cross = tl.load(crossing + col, mask=col < last_col)
+        tl.store(place + col, round_nearest(cross, V.MOMENT), mask=col < last_col)
 
 
 @sweep
@@ -284,10 +296,10 @@ def _random(row, integers, first, k, SPAN: tl.constexpr, V: tl.constexpr):
     step = tl.load(integers + f.STEP)
     index = tl.load(row + f.PARAM_INDEX)
     if V.WHOLE_BLOCKS:
-        block = (first >> 3)[:, None] + tl.arange(0, SPAN // 8)[None, :]
+        block = block_of(row, first, V)[:, None] + tl.arange(0, SPAN // 8)[None, :]
         random = random16_of_blocks(block, seed, index, step, f.PARAM_STREAM)
     else:
-        random = random16(offset_of(row, f.LOGICAL, k, V), seed, index, step, f.PARAM_STREAM)
+        random = random16(element_of(row, k, V), seed, index, step, f.PARAM_STREAM)
     return random
 
 
@@ -315,7 +327,7 @@ def _average_alone(row, rule, k, mask, V: tl.constexpr):
 @triton.jit
 def average_slab(row, rule, unit, V: tl.constexpr):
     """Move the EMA of a slab's weights, where there is no update."""
-    begin, end = _elements(row, unit)
+    begin, end = _elements(row, unit, V)
     for first in range(begin, end, V.FLAT_TILE):
         k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
         _average_alone(row, rule, k, k < hinted(end, V), V)
@@ -324,7 +336,7 @@ def average_slab(row, rule, unit, V: tl.constexpr):
 @triton.jit
 def accumulate_slab(row, rule, grad, unit, V: tl.constexpr):
     """Add a slab of g to the accumulator, between two updates."""
-    begin, end = _elements(row, unit)
+    begin, end = _elements(row, unit, V)
     for first in range(begin, end, V.FLAT_TILE):
         k = hinted(first, V) + tl.arange(0, V.FLAT_TILE)[None, :]
         mask = k < hinted(end, V)
@@ -337,10 +349,10 @@ def accumulate_slab(row, rule, grad, unit, V: tl.constexpr):
 
 
 @triton.jit
-def _elements(row, unit):
+def _elements(row, unit, V: tl.constexpr):
     """Elements of a slab, whatever its form; the first unit of a slab takes them all."""
     chunks = tl.load(row + f.CHUNKS)
-    begin, end, _ = lines_of(row, unit // chunks)
+    begin, end, _ = lines_of(row, unit // chunks, V)
     cols = tl.load(row + f.COLS)
     first = begin * cols
     last = tl.minimum(end * cols, tl.load(row + f.NUMEL))

@@ -20,7 +20,15 @@ from fused_adafactor.backends.triton.formulas import (
     stored,
     to_bfloat16_stochastic,
 )
-from fused_adafactor.backends.triton.memory import number, pointer, read, read_grad
+from fused_adafactor.backends.triton.memory import (
+    block_of,
+    element_of,
+    matrix_of,
+    number,
+    pointer,
+    read,
+    read_grad,
+)
 
 
 @triton.jit
@@ -35,7 +43,7 @@ def mean_or_sum(total, count, rule, V: tl.constexpr):
 def random_of_factor(row, integers, element, ACROSS: tl.constexpr, V: tl.constexpr):
     """Random bits of second moments of lines, or of what lies across them; 0 where none are wanted.
 
-    ``element`` is the number of each in its entry of the state.
+    ``element`` is the number of each in its entry of the state of the whole parameter.
     """
     random = tl.zeros(element.shape, tl.uint32)
     if V.MOMENT == tl.bfloat16:
@@ -101,19 +109,23 @@ def new_var(row, rule, integers, grad, first, k, mask, V: tl.constexpr):
     """Unfactored second moment after this step, as it will be read back.
 
     Its elements k [1, n] begin with ``first``, a multiple of 8, and are numbered row-major: there
-    is no view.
+    is no view. Those of a part need not be in the whole parameter.
     """
     old = read(row, f.VAR, f.STATE_STRIDES, V.MOMENT, k, mask, V)
     value = tl.fma(grad, grad, number(rule, f.ADDED, V))
     new = new_moment(old, value, number(rule, f.BETA2, V), number(rule, f.REST2, V))
     random = tl.zeros(k.shape, tl.uint32)
     if V.MOMENT == tl.bfloat16:
-        BLOCKS: tl.constexpr = k.shape[1] // 8
-        block = (tl.zeros((1,), tl.int64) + (first >> 3))[:, None] + tl.arange(0, BLOCKS)[None, :]
         seed = tl.load(integers + f.SEED)
         step = tl.load(integers + f.STEP)
         index = tl.load(row + f.PARAM_INDEX)
-        random = random16_of_blocks(block, seed, index, step, f.VAR_STREAM)
+        if V.SPLIT and not V.WHOLE_BLOCKS:
+            random = random16(element_of(row, k, V), seed, index, step, f.VAR_STREAM)
+        else:
+            BLOCKS: tl.constexpr = k.shape[1] // 8
+            begin = block_of(row, tl.zeros((1,), tl.int64) + first, V)
+            block = begin[:, None] + tl.arange(0, BLOCKS)[None, :]
+            random = random16_of_blocks(block, seed, index, step, f.VAR_STREAM)
     return stored_moment(new, random, V)
 
 
@@ -139,9 +151,11 @@ def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
     total = tl.zeros(k.shape, V.MATH)
     line_var = pointer(tl.load(row + f.LINE_VAR), V.MOMENT, V)
     cross_var = pointer(tl.load(row + f.CROSS_VAR), V.MOMENT, V)
+    of_whole = matrix_of(row, matrix, V)
     for i in range(0, rows):
+        # Before registers are full.
+        random = random_of_factor(row, integers, of_whole * rows + i, False, V)
         element = matrix * rows + i
-        random = random_of_factor(row, integers, element, False, V)  # before registers are full
         row_sq = tl.zeros(k.shape, V.MATH)
         for j in range(0, cols):
             x = read_grad(row, rule, grad, factor, (matrix * rows + i) * cols + j, mask, V)
@@ -154,7 +168,7 @@ def tiny_factors(row, rule, integers, grad, factor, k, mask, V: tl.constexpr):
         row_var = tl.where(own_row == i, new, row_var)
     element = matrix * cols + own_col
     old = tl.load(cross_var + element, mask=mask, other=0.0).to(V.MATH)
-    random = random_of_factor(row, integers, element, True, V)
+    random = random_of_factor(row, integers, of_whole * cols + own_col, True, V)
     col_var = new_factor(old, col_sq, rows, random, rule, V)
     many = tl.zeros(k.shape, V.MATH) + rows.to(V.MATH)
     mean = tl.where(number(rule, f.SUM_MOMENTS, V) > 0, total, quotient(total, many))

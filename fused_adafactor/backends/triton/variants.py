@@ -63,6 +63,8 @@ class Variant(NamedTuple):
     PARAM_RMS: bool
     SKIPS: bool
     NORM_CLIPPED: bool
+    SPLIT: bool
+    RAW_LINES: bool
     VALUE_CLIP: bool
     ACCUMULATES: bool
     AVERAGES: bool
@@ -133,6 +135,8 @@ def variant_of(
         PARAM_RMS=traits.param_rms,
         SKIPS=traits.skips,
         NORM_CLIPPED=traits.norm_clipped,
+        SPLIT=traits.split,
+        RAW_LINES=traits.raw_lines,
         VALUE_CLIP=traits.value_clip,
         ACCUMULATES=traits.accumulates,
         AVERAGES=traits.averages,
