@@ -23,7 +23,9 @@ __device__ __forceinline__ void begin_rounds(Shared<M>& shared, int unit) {
     const Lines lines = lines_of(job, unit / chunks);
     const Range columns = columns_of(job, unit % chunks);
     const int64_t needed = (job.row[f::kChunk] + N * kVectors - 1) / (N * kVectors);
-    rounds.group = power_of_2(least(most(needed, threads_of_block<T>(job)), kThreads));
+    // A round has no more lines than there are threads, also of lines that have nothing here.
+    const int64_t fewest = most(threads_of_block<T>(job), kTogether);
+    rounds.group = power_of_2(least(most(needed, fewest), kThreads));
     rounds.lines = kThreads / rounds.group * kTogether;
     rounds.first_line = lines.begin;
     rounds.first = lines.begin * job.row[f::kCols] + columns.begin;
