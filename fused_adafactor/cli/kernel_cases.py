@@ -133,7 +133,7 @@ _PARTS = (
     *(("hf", "defaults", MODEL, BF16, BF16, "persistent", split) for split in SPLITS),
     *(("torch", "stochastic", MODEL, BF16, BF16, "persistent", s) for s in ("rows", "columns")),
     *(("torch", "bfloat16_state", t, BF16, BF16, "persistent", "rows") for t in (MODEL, "vectors")),
-    ("hf", "clipped_low_state", MODEL, BF16, BF16, "persistent", "both"),
+    ("hf", "clipped_low_state", MODEL, BF16, BF16, "persistent", "columns"),
     ("hf", "momentum", "long_lines", BF16, BF16, "persistent", "columns"),
     ("adafactor_pytorch", "amsgrad", MODEL, F32, F32, "persistent", "rows"),
     ("adafactor_pytorch", "bfloat16_state", "ragged_vectors", BF16, BF16, "persistent", "rows"),
@@ -250,7 +250,10 @@ def default_cases() -> dict[Case, tuple[str, ...]]:
 
 
 def all_cases() -> dict[Case, tuple[str, ...]]:
-    """Every rule with all tensors, every dtype and both launch forms, for every target."""
+    """Every rule with all tensors, every dtype and both launch forms, for every target.
+
+    Of parts those of the default set: they have switches of their own, whatever the rule.
+    """
     dtypes = ((F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (F32, BF16), (BF16, F32))
     cases = (
         Case(dialect, rule, tensors, dtype, grad_dtype, form)
@@ -260,7 +263,8 @@ def all_cases() -> dict[Case, tuple[str, ...]]:
         for dtype, grad_dtype in dtypes
         for form in LAUNCHES
     )
-    return dict.fromkeys((case for case in cases if case.possible), (*NVIDIA, *AMD))
+    parts = (case for case in default_cases() if case.split is not None)
+    return dict.fromkeys((c for c in (*cases, *parts) if c.possible), (*NVIDIA, *AMD))
 
 
 def sources_of_case(case: Case) -> Iterator[tuple[str, Source]]:

@@ -267,13 +267,14 @@ def test_groups_of_one_counter_must_agree_on_what_it_counts(key):
         optimizer.step()
 
 
-@pytest.mark.parametrize("backend", [reference, cpp], ids=["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_backend_that_raises_has_counted_nothing(backend, monkeypatch):
-    if backend is cpp and cpp.missing() is not None:
+    if backend == "cpp" and cpp.missing() is not None:
         pytest.skip(f"needs the native library: {cpp.missing()}")
-    optimizer = build(TORCH, backend=backend.__name__.rpartition(".")[2])
+    optimizer = build(TORCH, backend=backend)
     stepping.take_steps(optimizer, 1)
-    monkeypatch.setattr(backend._Executor, "run", lambda *_: 1 / 0)
+    executor = {"reference": reference.Executor, "cpp": cpp._Executor}[backend]
+    monkeypatch.setattr(executor, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stepping.take_steps(optimizer, 1)
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}

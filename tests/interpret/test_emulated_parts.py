@@ -28,7 +28,7 @@ from tests.distributed.ranks import (
     mesh_of,
     on_every_rank,
 )
-from tests.interpret.small import BACKEND
+from tests.interpret.small import BACKEND, assert_same
 from tests.kernels.judged import BF16, F32, F64
 from tests.stepping import params_of, same_bits
 
@@ -122,23 +122,27 @@ def test_extras_in_both_forms_of_launch(placement: str, extras: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("placement", ["rows", "second", "third", "rows_and_columns"])
-@on_every_rank
-def test_both_forms_of_launch_have_the_same_bits(placement: str) -> None:
-    ours = []
-    for form in LAUNCHES:
-        with pytest.MonkeyPatch.context() as patch:
-            dist.barrier()
-            patch.setenv(LAUNCH_ENVIRONMENT, form)
-            whole, distributed = pair(HF, placement, SHAPES, F32)
-            for step in range(2):
-                give(whole, distributed, step)
-                distributed.step()
-            dist.barrier()
-        ours.append(distributed)
-    for p, q in zip(*map(params_of, ours), strict=True):
-        assert same_bits(local(p), local(q))
-        for key, value in ours[0].state[p].items():
-            assert same_bits(local(torch.as_tensor(value)), local(ours[1].state[q][key])), key
+def test_both_forms_of_launch_have_the_same_bits(
+    placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
+
+    @on_every_rank
+    def follow(form: str) -> None:
+        whole, distributed = pair(HF, placement, SHAPES, F32)
+        for step in range(2):
+            give(whole, distributed, step)
+            distributed.step()
+        found[form, dist.get_rank()] = [
+            {"param": local(p), **{k: local(torch.as_tensor(v)) for k, v in entries.items()}}
+            for p, entries in distributed.state.items()
+        ]
+
+    for form in LAUNCHES:  # the environment is that of all ranks
+        monkeypatch.setenv(LAUNCH_ENVIRONMENT, form)
+        follow(form)
+    for (_, rank), mine in found.items():
+        assert_same(mine, found[LAUNCHES[0], rank])
 
 
 def local(value: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def assert_alike(distributed: Any) -> None:
 def rules_of(place: str) -> list[str]:
     """Those that differ most, where there are four ranks and Triton interprets each of them.
 
-    Stacks have no parts where they are reshaped.
+    Stacks that are reshaped are left to the reference.
     """
     stacks = all(len(shape) > 2 for shape in SHAPES[place])
     if BACKEND != "triton" or len(PLACES[place][0]) == 1:
@@ -137,7 +137,7 @@ def test_every_rule_is_that_of_a_single_process(
 def follow(place: str, rule: str) -> None:
     dialect, options = RULES[rule]
     shapes = SHAPES[place]
-    if dialect is ADAFACTOR_PYTORCH:  # what it reshapes has no parts
+    if dialect is ADAFACTOR_PYTORCH:  # what it reshapes is left to the reference
         shapes = [s for s in shapes if len(s) < 3]
     eps = {"eps": (1e-1, 1e-3)} if dialect is TORCH else {}
     values = stepping.make_params(shapes, F64)

@@ -13,7 +13,7 @@ from fused_adafactor import Adafactor, backends
 from fused_adafactor.backends import cuda
 from fused_adafactor.backends import triton as backend
 from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
-from fused_adafactor.spec import TensorId, spec_of
+from fused_adafactor.spec import Sharing, TensorId, spec_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_TRITON = "triton is not installed"
@@ -53,7 +53,16 @@ def test_auto_takes_it_for_tensors_of_a_gpu_and_says_how_it_launches(machine: An
 
 def test_auto_takes_it_for_parts_of_distributed_parameters_too(machine: Any) -> None:
     machine()
-    assert backends.choose("auto", CUDA, split=True).backend == "triton"
+    assert backends.choose("auto", CUDA, Sharing.PARTS).backend == "triton"
+
+
+@pytest.mark.parametrize("sharing", [Sharing.ROUNDED, Sharing.SCATTERED], ids=str)
+def test_what_it_does_not_step_of_them_is_refused_by_name(machine: Any, sharing: Sharing) -> None:
+    machine()
+    with pytest.raises(RuntimeError, match=f"triton backend does not step {sharing.value}"):
+        backends.choose("triton", CUDA, sharing)
+    with pytest.warns(RuntimeWarning, match=f"triton backend does not step {sharing.value}"):
+        assert backends.choose("auto", CUDA, sharing).backend == "reference"
 
 
 def test_amd_takes_the_other_launch_form_unless_told(
