@@ -315,6 +315,20 @@ def refuse_rounded_rows(place: str, values: Sequence[Tensor], options: dict[str,
         distributed.step()
 
 
+@pytest.mark.parametrize("place", ["rows", "columns"])
+def test_moments_of_8_bits_keep_the_blocks_of_a_single_process(place: str) -> None:
+    on_ranks_of(place, follow_blocks)
+
+
+def follow_blocks(place: str) -> None:
+    """No part cuts a block of 32: rows are whole, or their other part begins at a multiple of it."""
+    shapes = [(7, 64), (3, 80)] if place == "rows" else [(7, 128), (3, 5, 64)]
+    values = stepping.make_params(shapes, F64)
+    whole, distributed = pair(HF, place, values, beta1=0.9, momentum_dtype=torch.int8)
+    step_both(whole, distributed, 2)
+    assert_close_parts(distributed, whole, 1e-12)
+
+
 # --- between the phases, and around them ---------------------------------------------------------
 
 
