@@ -321,7 +321,7 @@ def test_moments_of_8_bits_keep_the_blocks_of_a_single_process(place: str) -> No
 
 
 def follow_blocks(place: str) -> None:
-    """No part cuts a block of 32: rows are whole, or their other part begins at a multiple of it."""
+    """No part cuts a block of 32: rows are whole, or are cut at a multiple of it."""
     shapes = [(7, 64), (3, 80)] if place == "rows" else [(7, 128), (3, 5, 64)]
     values = stepping.make_params(shapes, F64)
     whole, distributed = pair(HF, place, values, beta1=0.9, momentum_dtype=torch.int8)
