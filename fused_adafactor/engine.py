@@ -248,11 +248,13 @@ class Engine:
     def plan(self, specs: Sequence[TensorSpec], joined: bool) -> list[Plan]:
         """One plan per backend, from the cache where the same tensors were planned before.
 
-        What is split over processes has a plan of its own: only that has to pause for sums.
+        What is split over processes has plans of its own: only that has to pause for sums. Which
+        are in one follows from how they are shared, on all processes, whatever steps them here: a
+        message is started once everything has run that it has sums of.
         """
-        planned: dict[tuple[Facts, bool], list[TensorSpec]] = {}
+        planned: dict[tuple[Facts, Sharing], list[TensorSpec]] = {}
         for spec in specs:
-            planned.setdefault((self.facts(spec), spec.is_split), []).append(spec)
+            planned.setdefault((self.facts(spec), spec.sharing), []).append(spec)
         return [self._cached(tuple(mine), facts, joined) for (facts, _), mine in planned.items()]
 
     def run(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Protocol
@@ -35,7 +36,8 @@ class Notes(Protocol):
         """Whether it is the same now.
 
         Args:
-            things: What there is in place of what was noted.
+            things: What there is in place of what was noted. That they are tensors of the same
+                types is for the caller to see.
 
         Raises:
             RuntimeError: There is something whose memory cannot be told.
@@ -162,13 +164,17 @@ def _interpreter() -> _Look | None:
 
 
 def _exchange_table() -> int | None:
-    """Address of torch's ``dltensor_from_py_object_no_sync``."""
+    """Address of torch's ``dltensor_from_py_object_no_sync``, if it can be called."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
+    holds_lock: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+    if capsule is None or not holds_lock():  # without, lists and dicts may change under the library
         return None
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-    table = _ExchangeTable.from_address(pointer(capsule, _EXCHANGE))
+    try:
+        table = _ExchangeTable.from_address(pointer(capsule, _EXCHANGE))
+    except ValueError:  # a capsule of another kind
+        return None
     return table.dltensor_from_object if table.major == _DLPACK_VERSION else None
 
 

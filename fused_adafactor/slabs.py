@@ -296,8 +296,8 @@ def strips_of(geometry: Geometry, cut: Cut) -> tuple[int, int]:
 
     That sums nothing, so nothing asks for many lines, and whoever is done last is not far behind.
     """
-    lines = max(1, cut.slab_elements // geometry.cols) if geometry.cols else 1
-    if geometry.form is not Form.FACTORED or lines >= geometry.lines_per_slab:
+    lines = max(1, cut.slab_elements // max(1, geometry.cols))
+    if geometry.form is not Form.FACTORED or lines >= geometry.lines_per_slab or not geometry.cols:
         return 1, geometry.lines_per_slab
     return -(-geometry.lines_per_slab // lines), lines
 

@@ -183,6 +183,28 @@ def test_copies_have_the_same_bits(placement: str) -> None:
                         assert all(stepping.same_bits(part, other) for other in others)
 
 
+@on_every_rank
+def test_messages_are_in_the_same_order_whatever_steps_a_rank() -> None:
+    """C++ steps only the last of these; ranks without it must not start another message first."""
+    mesh = mesh_of((2, 2))
+    values = stepping.make_params([(4, 4, 3, 3), (4, 4, 3, 3), (8, 6)])
+    ways = ((Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(0), Shard(0)))
+    orders = []
+    for backend in ("auto", "reference"):
+        parts = [
+            torch.nn.Parameter(*distribute([value], mesh, way))
+            for value, way in zip(values, ways, strict=True)
+        ]
+        optimizer: Any = ADAFACTOR_PYTORCH(parts, backend=backend)
+        for p in parts:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        (course,) = optimizer._known.prepared.courses.values()
+        orders.append([m.over for batch in course.batches for m in batch.messages[0]])
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == [(0, 1), (1,)]
+
+
 @on_ranks(2)
 def test_others_are_at_work_while_a_message_is_under_way() -> None:
     """Plain parameters are read, where a common norm keeps them from being stepped at once."""

@@ -47,13 +47,9 @@ class Ranks:
             "shard_of",
             lambda id, param: self._shards.get(_identity(param)) or of_others(id, param),
         )
-        lock, launch = threading.Lock(), launching.Executor._launch
-
-        def alone(*args: Any, **kwargs: Any) -> None:
-            with lock:  # Triton compiles one kernel after the other
-                launch(*args, **kwargs)
-
-        monkeypatch.setattr(launching.Executor, "_launch", alone)
+        lock = threading.Lock()
+        for name in ("prepare", "_launch"):  # Triton compiles one kernel after the other
+            monkeypatch.setattr(launching.Executor, name, _alone(lock, name))
 
     def part(self, value: Tensor, place: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         """What a rank has of a tensor, and its first element, by dimension."""
@@ -118,6 +114,17 @@ class Ranks:
                 for buffer in buffers:
                     buffer.copy_(total)
         self._barrier.wait()
+
+
+def _alone(lock: threading.Lock, name: str) -> Callable[..., None]:
+    """A method of an executor, for one thread at a time."""
+    method = getattr(launching.Executor, name)
+
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with lock:
+            method(*args, **kwargs)
+
+    return alone
 
 
 class _Processes:

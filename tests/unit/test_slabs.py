@@ -117,6 +117,12 @@ def test_what_waits_comes_after_a_slab_for_each_thread_and_no_more(threads: int)
     assert [items[place][2] for place in apply] == list(reversed(range(len(apply))))
 
 
+def test_lines_of_nothing_are_one_strip() -> None:
+    """Of a part whose columns are all on other processes."""
+    g = replace(geometry((200_000, 3)), cols=0, form=Form.FACTORED, lines_per_slab=200_000, slabs=1)
+    assert strips_of(g, CPU_CUT) == (1, 200_000)
+
+
 def test_a_cut_says_what_a_strip_is() -> None:
     g = geometry((4096, 4096))
     assert (g.slabs, g.lines_per_slab) == (16, 256)
