@@ -189,17 +189,19 @@ template <int L, Extras kExtras, bool kWithParam, class P, class G>
 void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, int64_t number, LineSums<float>& s,
                      float* of_line, float* buffer) {
   Line<P, G> lines[L];
+  const G* following[L];
   float inverse[L];
   const GradRule rule = grad_rule(t, r);
+  const int64_t last = t.batch * t.rows - 1;
   for (int l = 0; l < L; ++l) {
     lines[l] = line_of(t, r, param, grad, number + l, buffer + l * t.cols);
-    if (kWithParam) ask_for_head(lines[l].param);
+    following[l] = line_at(t, param, grad, least(number + L + l, last) * t.cols, false).grad;
   }
   s.grad_sq += square_lines<L, kExtras>(lines, rule, t.cols, of_line);
   set_lines(t, r, s, number, L, of_line, inverse);
-  for (int l = 0; l < L; ++l) ask_for_head(lines[l].grad + L * t.cols);
-  s.param_sq += add_lines<L, kExtras, kWithParam>(lines, inverse, rule, moment_rule(r), t.cols, s.across,
-                                                s.raw ? nullptr : s.weighted);
+  add_lines<L, kExtras>(lines, following, inverse, rule, moment_rule(r), t.cols, s.across,
+                        s.raw ? nullptr : s.weighted);
+  for (int l = 0; kWithParam && l < L; ++l) s.param_sq += square_param(lines[l].param, t.cols);
 }
 
 template <Extras kExtras, bool kWithParam, class P, class G>

@@ -165,8 +165,17 @@ void ask_for(const T* at, int64_t ahead) {
   asm volatile("" : : "r"(there));  // GCC drops a loop that does nothing else
 }
 
-// How far ahead chunks are asked for, in bytes: the hardware does it too, but stops at the end of a page.
-constexpr int64_t kAheadOfChunk = 2048;
+// Into the core's cache, not the one before it, which holds what is worked on.
+template <class T>
+void ask_for_later(const T* at, int64_t ahead) {
+  const char* there = reinterpret_cast<const char*>(at) + ahead;
+  __builtin_prefetch(there, 0, 2);
+  asm volatile("" : : "r"(there));
+}
+
+// How far ahead chunks are asked for, and what is read for its squares alone, in bytes. The hardware does it too, but
+// stops at the end of a page.
+constexpr int64_t kAheadOfChunk = 2048, kAheadOfSquares = 4096;
 
 // A number rounded to a state's dtype and read back: what is used is what is stored.
 template <class M>

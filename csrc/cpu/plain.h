@@ -1,7 +1,7 @@
 // The loops that nearly all bytes go through: float32 and bfloat16 lines, straight from memory. Part of kernels.cpp.
 //
 // A core reads memory at its full rate only where it reads at several places at once, so lines are read a block at a
-// time; the parameter is read while the columns of the block are added, which come from the core's cache.
+// time: first the gradient, whose columns are then added from the core's cache, then the parameter.
 //
 // A loop is compiled for what a rule asks for beside scaling the gradient: nothing, clipping by value, or anything. In
 // the last of them a switch costs little, as it is the same for every vector.
@@ -121,7 +121,6 @@ double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) 
     Floats squares[L] = {}, unclipped_sq{};
     for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes) {
       for (int l = 0; l < L; ++l) {
-        ask_for(lines[l].grad + j, kAheadOfBlock);
         const Floats g = grad_of<kExtras>(r, lines[l], j, lanes, &unclipped_sq);
         squares[l] += g * g;
       }
@@ -136,31 +135,31 @@ double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) 
   return unclipped;
 }
 
-// across += Σ g², weighted += Σ num² / line over L lines, unless that is null; returns Σ p² of them, if that is wanted.
-template <int L, Extras kExtras, bool kWithParam, class P, class G>
-double add_lines(const Line<P, G>* lines, const float* inverse, GradRule r, MomentRule moment, int64_t n, float* across,
-                 float* weighted) {
+// across += Σ g², weighted += Σ num² / line over L lines, unless that is null. Meanwhile the gradient of the lines that
+// follow is asked for, so that memory is at work while these come from the core's cache.
+template <int L, Extras kExtras, class P, class G>
+void add_lines(const Line<P, G>* lines, const G* const* following, const float* inverse, GradRule r, MomentRule moment,
+               int64_t n, float* across, float* weighted) {
+  for_each_vector(0, n, [&](int64_t j, auto count) {
+    Floats a{}, w{};
+    for (int l = 0; l < L; ++l) {
+      ask_for_later(following[l] + j, 0);
+      const Floats g = grad_of<kExtras>(r, lines[l], j, count);
+      const Floats x = numerator_of<kExtras>(moment, lines[l], g, j, count);
+      const Floats square = g * g;
+      a += square;
+      if (weighted != nullptr) w += (kExtras == kAllExtras ? x * x : square) * inverse[l];
+    }
+    store(across + j, load(across + j, count) + a, count);
+    if (weighted != nullptr) store(weighted + j, load(weighted + j, count) + w, count);
+  });
+}
+
+// Σ p² of a line.
+template <class P>
+double square_param(const P* param, int64_t n) {
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kFlush) {
-    Floats param_sq[2] = {};
-    for_each_vector(begin, least(n, begin + kFlush), [&](int64_t j, auto count) {
-      Floats a{}, w{};
-      for (int l = 0; l < L; ++l) {
-        const Floats g = grad_of<kExtras>(r, lines[l], j, count);
-        const Floats x = numerator_of<kExtras>(moment, lines[l], g, j, count);
-        const Floats square = g * g;
-        a += square;
-        if (weighted != nullptr) w += (kExtras == kAllExtras ? x * x : square) * inverse[l];
-        if (!kWithParam) continue;
-        ask_for(lines[l].param + j, kAheadOfBlock);
-        const Floats p = load(lines[l].param + j, count);
-        param_sq[l % 2] += p * p;
-      }
-      store(across + j, load(across + j, count) + a, count);
-      if (weighted != nullptr) store(weighted + j, load(weighted + j, count) + w, count);
-    });
-    total += double(sum_of(param_sq[0] + param_sq[1]));
-  }
+  for (int64_t j = 0; j < n; j += kFlush) total += double(sum_of_squares(param + j, least(kFlush, n - j)));
   return total;
 }
 

@@ -116,6 +116,7 @@ inline void store(uint16_t* to, Floats value) {
 }
 
 // One element, for what a row of whole vectors leaves over.
+inline double load_element(const double* from) { return *from; }
 inline float load_element(const float* from) { return *from; }
 inline float load_element(const uint16_t* bfloat16) { return from_bfloat16(*bfloat16); }
 inline void store_element(float* to, float value) { *to = value; }
@@ -279,27 +280,31 @@ inline float sum_of(Floats value) {
 
 inline double sum_of(Vector<double> value) { return sum_of_array(value); }
 
-// Σ x².
-template <class M>
-M sum_of_squares(const M* x, int64_t n) {
-  constexpr int64_t kStep = lanes_of<M>;
-  Vector<M> a{}, b{}, c{}, d{};
+// Σ x² of numbers of the math dtype, or of bfloat16.
+template <class T>
+auto sum_of_squares(const T* x, int64_t n) {
+  using V = decltype(load(x));
+  constexpr int64_t kStep = sizeof(V) / sizeof(decltype(load_element(x)));
+  V a{}, b{}, c{}, d{};
   int64_t i = 0;
   for (; i + 4 * kStep <= n; i += 4 * kStep) {
-    for (int line = 0; line < 4; ++line) ask_for(x + i, kAheadOfChunk + 64 * line);
-    const Vector<M> p = load(x + i), q = load(x + i + kStep), r = load(x + i + 2 * kStep), s = load(x + i + 3 * kStep);
+    for (int64_t line = 0; line < 4 * kStep * int64_t(sizeof(T)); line += 64) ask_for_later(x + i, kAheadOfSquares + line);
+    const V p = load(x + i), q = load(x + i + kStep), r = load(x + i + 2 * kStep), s = load(x + i + 3 * kStep);
     a += p * p;
     b += q * q;
     c += r * r;
     d += s * s;
   }
   for (; i + kStep <= n; i += kStep) {
-    const Vector<M> p = load(x + i);
+    const V p = load(x + i);
     a += p * p;
   }
-  M rest = M(0);
-  for (; i < n; ++i) rest += x[i] * x[i];
-  return sum_of((a + b) + (c + d)) + rest;
+  auto sum = sum_of((a + b) + (c + d));
+  for (; i < n; ++i) {
+    const auto rest = load_element(x + i);
+    sum += rest * rest;
+  }
+  return sum;
 }
 
 // Σ x, in double precision from every few thousand numbers on.
