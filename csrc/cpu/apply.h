@@ -66,6 +66,12 @@ inline bool writes_plainly(const Tensor& t, const Rule& r) {
   return lies_plainly(t) && !r.overwrite_with_average && (!draws || t.logical[last] == 1);
 }
 
+// Whether nothing is written but the parameter and its second moments, and that without random bits.
+inline bool writes_param_alone(const Tensor& t, const Rule& r) {
+  return r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr && t.mirror == nullptr &&
+         !rounds_stochastically(t, r);
+}
+
 // Whether apply_line does the whole of it for a matrix, and apply_vector for an unfactored tensor.
 inline bool applies_plainly(const Tensor& t, const Rule& r) {
   if (!writes_plainly(t, r) || r.amsgrad || t.form == kTiny) return false;
@@ -271,6 +277,13 @@ void apply_in(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuff
     });
   } else if (t.form == kUnfactored && applies_plainly(t, r)) {
     apply_plain_vector(t, r, elements_of(t, lines), clip);
+  } else if (lies_flat(t, r) && writes_param_alone(t, r)) {
+    const ApplyRule rule = apply_rule(t, r, clip);
+    apply_flat_elements(t, r, flat_elements(t, lines), rule.decay, rule.step);
+    Chunk<M> c(buffers);
+    for_what_is_left(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+      apply_chunk<M>(t, r, nullptr, line, column, n, clip, c);
+    });
   } else {
     Chunk<M> c(buffers);
     for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {

@@ -4,6 +4,7 @@
 #define FUSED_ADAFACTOR_CPU_STATISTICS_H
 
 #include "shared.h"
+#include "tiny_flat.h"
 
 namespace fused_adafactor {
 namespace FA_ISA {
@@ -39,7 +40,7 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
     return;
   }
   Chunk<M> c(buffers);
-  for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+  const auto add_chunk = [&](int64_t line, int64_t column, int64_t n) {
     const int64_t k = line * t.cols + column;
     const M* grad = c.buffer[0];
     if (t.form == kTiny && t.measures && !r.norm_clipped && !r.amsgrad && r.momentum != kMomentumGrad) {
@@ -57,7 +58,13 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
     if (t.measures_param_rms) {
       sum[1] += double(sum_of_squares(read(t, t.strides, t.param, t.param_dtype, k, n, c.buffer[8]), n));
     }
-  });
+  };
+  if (t.measures && !r.norm_clipped && lies_flat(t, r)) {
+    sum_flat_elements(t, r, flat_elements(t, lines), sum);
+    for_what_is_left(t, lines, add_chunk);
+  } else {
+    for_each_chunk(t, lines, add_chunk);
+  }
 }
 
 // alpha_t = max(eps2, RMS(p)) rho_t, and RMS(p).
@@ -137,9 +144,17 @@ void update_rms_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, Thread
       return;
     }
     Chunk<M> c(buffers);
-    for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
+    const auto add_chunk = [&](int64_t line, int64_t column, int64_t n) {
       sum += double(sum_of_squares(update_of<M>(t, r, nullptr, line, column, n, c, false).value, n));
-    });
+    };
+    if (lies_flat(t, r)) {
+      double sums[3] = {};
+      sum_flat_elements(t, r, flat_elements(t, lines), sums);
+      sum = sums[2];
+      for_what_is_left(t, lines, add_chunk);
+    } else {
+      for_each_chunk(t, lines, add_chunk);
+    }
   }
 }
 

@@ -407,12 +407,14 @@ void inverse_roots(M* x, int64_t n) {
   for (; i < n; ++i) x[i] = M(1) / std::sqrt(x[i]);
 }
 
-// a0 b0 a1 b1 ... of the first halves of two vectors, and of their second halves.
+// Numbers of two vectors, by their places in both, which are known when this is compiled.
 #if defined(__clang__) || __GNUC__ >= 12
 #define FA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define FA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Flags{__VA_ARGS__})
 #endif
+
+// a0 b0 a1 b1 ... of the first halves of two vectors, and of their second halves.
 inline Floats first_halves(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return FA_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -432,7 +434,6 @@ inline Floats second_halves(Floats a, Floats b) {
   return FA_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
-#undef FA_SHUFFLE
 
 // Rows of a square become columns: every round deals two halves of the rows like cards.
 inline void transpose(Floats (&row)[kLanes]) {

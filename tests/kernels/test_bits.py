@@ -24,7 +24,18 @@ from tests.stepping import params_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa")
 
-SHAPES = [(7,), (), (3, 3), (40, 5, 5), (33, 9), (17, 23), (40, 60), (257, 513), (9, 16, 300)]
+SHAPES = [
+    (7,),
+    (),
+    (3, 3),
+    (40, 3, 3),
+    (40, 5, 5),
+    (33, 9),
+    (17, 23),
+    (40, 60),
+    (257, 513),
+    (9, 16, 300),
+]
 # Beside these: what is one item, and one more element; several slabs, of a matrix and of a stack.
 SLABBED = [(256, 512), (257, 512), (700, 300), (3, 300, 500), (40_000,), (131_073,), (5000, 31)]
 

@@ -19,7 +19,17 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 # A vector, a tiny matrix and stacks of them, narrow, of one chunk and of several, of one slab and
 # of several, and stacks of small matrices.
-SHAPES = [(7,), (3, 3), (40, 5, 5), (33, 9), (17, 23), (40, 60), (300, 513), (64, 16, 300)]
+SHAPES = [
+    (7,),
+    (3, 3),
+    (40, 3, 3),
+    (40, 5, 5),
+    (33, 9),
+    (17, 23),
+    (40, 60),
+    (300, 513),
+    (64, 16, 300),
+]
 
 
 # --- zeros ---------------------------------------------------------------------------------------
@@ -29,7 +39,7 @@ SHAPES = [(7,), (3, 3), (40, 5, 5), (33, 9), (17, 23), (40, 60), (300, 513), (64
 @pytest.mark.parametrize("zeros", ["all", "rows", "columns", "matrices"])
 def test_zeros(rule: str, zeros: str) -> None:
     """From the first step on, and after steps that had none."""
-    shapes = [(33, 9), (4, 5, 5), (17, 23), (4, 40, 60), (300, 513), (7,)]
+    shapes = [(33, 9), (40, 3, 3), (4, 5, 5), (17, 23), (4, 40, 60), (300, 513), (7,)]
     for start in (0, 1):
         pair = judged(rule, params_in(shapes, F32))
         for step in range(start, 3):
@@ -154,7 +164,7 @@ def test_the_clamp_wherever_it_reaches(
     dtype: torch.dtype, eps1: float | None, spread: float
 ) -> None:
     """No element, some of some lines, all of some, some of every line, all of every line."""
-    shapes = [(7,), (3, 3), (40, 5, 5), (33, 9), (17, 23), (40, 60), (300, 513), (64, 16, 300)]
+    shapes = SHAPES
     smallest = torch.finfo(dtype).eps if eps1 is None else eps1
     eps = eps_of(dtype, smallest)
     for size in (1e-3, 0.1, 1.0, 10.0, 1e4):
