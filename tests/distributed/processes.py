@@ -162,11 +162,11 @@ def train(
         optimizer.step()
 
 
-def shard(model: Model, mesh: Any) -> Model:
+def shard(model: Model, mesh: Any, **options: Any) -> Model:
     """FSDP2, each layer by itself; the scale stays whole on every process."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in (model.first, model.second, model.frozen, model.last):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params={model.scale})
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, ignored_params={model.scale}, **options)
     return model

@@ -57,6 +57,21 @@ def test_fsdp_is_a_single_process(dialect: Dialect) -> None:
     assert model.frozen.weight not in mine.state
 
 
+@on_processes(2)
+def test_fsdp_with_parameters_offloaded_to_the_cpu() -> None:
+    """On a CPU this is the same memory, but FSDP2 goes its other way: gradients are copied."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    model = Model()
+    whole = copy.deepcopy(model)
+    policy = CPUOffloadPolicy(pin_memory=False)  # pinning needs an accelerator
+    shard(model, init_device_mesh("cpu", (2,)), offload_policy=policy)
+    mine, theirs = TORCH(model.parameters()), TORCH(whole.parameters())
+    train(model, mine)
+    train(whole, theirs)
+    assert_same(mine, theirs)
+
+
 @EACH
 @on_processes(4)
 def test_fsdp_over_tensor_parallelism_is_a_single_process(dialect: Dialect) -> None:
