@@ -44,9 +44,9 @@ class BuildNative(build_ext):
         if wanted not in ("auto", "1", backend):
             return
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        here = building.PACKAGE / library.name
         try:
             recipe = building.recipe_of(backend)
-            here = building.PACKAGE / library.name
             if building.is_current(recipe, library):
                 return
             if building.is_current(recipe, here):  # an editable install builds elsewhere first
@@ -61,6 +61,9 @@ class BuildNative(build_ext):
                 raise
             print(f"fused_adafactor: no native library for {backend} ({error})")
         except (OSError, subprocess.CalledProcessError) as error:
+            # One of other sources that is there must not pass for it.
+            for stale in (library, here) if self.editable_mode else (library,):
+                stale.unlink(missing_ok=True)
             if wanted != "auto":
                 raise
             print(f"fused_adafactor: no native library for {backend} ({error})")

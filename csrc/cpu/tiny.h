@@ -182,7 +182,7 @@ void new_tiny(const Tensor& t, const Rule& r, Stream stream, void* var, int64_t 
   }
   const M beta2 = M(r.beta2), rest = M(1.0 - r.beta2), by = r.sums ? M(1) : M(1) / M(reduced);
   const M added = r.eps1_rule == kEps1Add ? M(reduced) * M(r.eps1) : M(0);
-  for (int64_t i = 0; i < all; ++i) sums[i] = beta2 * old[i] + rest * ((sums[i] + added) * by);
+  for (int64_t i = 0; i < all; ++i) sums[i] = new_moment(old[i], (sums[i] + added) * by, beta2, rest);
   const bool rounds = t.moment_dtype != DtypeOf<M>::value;
   if (!rounds && !stores) return;
   from_lanes(sums, count, lanes, flat);
@@ -226,7 +226,7 @@ struct Tiny {
       Vector<M> total{};
       for (int64_t e = 0; e < count; ++e) {
         const Vector<M> x = load(g + e * apart + l);
-        total += x * x;
+        total = fused(x, x, total);
       }
       store(sum + l, total);
     }

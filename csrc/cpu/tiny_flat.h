@@ -2,7 +2,8 @@
 // which they lie in memory: what a step reads and writes of them stays in registers. Part of kernels.cpp.
 //
 // In that order the new second moments of rows and columns are in the order of the state too. Only sums along a row or
-// a column, and what is handed back to its elements, have to be picked from several vectors.
+// a column, and what is handed back to its elements, have to be picked from several vectors. The bits of an element are
+// those that the loops of tiny.h give it.
 
 #ifndef FUSED_ADAFACTOR_CPU_TINY_FLAT_H
 #define FUSED_ADAFACTOR_CPU_TINY_FLAT_H
@@ -13,7 +14,7 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// Of what lies in the lanes of vector kVector, lane by lane.
+// The numbers of all lanes.
 template <int... kLane>
 struct Lane {};
 
@@ -24,32 +25,45 @@ struct AllLanesOf<0, kLane...> {
   using type = Lane<kLane...>;
 };
 
-// Number q of the result is number From::at(q) of the vectors; here q = kVector * kLanes + lane. At most four vectors
-// that follow each other have all of a result.
-template <class From, int kVector, int... kLane>
-FA_INLINE Floats picked(const Floats* vectors, Lane<kLane...>) {
-  constexpr int kAll = int(kLanes), kFirst = From::at(kVector * kAll) / kAll;
-  constexpr int kMost[] = {From::at(kVector * kAll + kLane) / kAll - kFirst...};
-  constexpr auto largest = [](const int* of) {
-    int most = 0;
-    for (int i = 0; i < kAll; ++i) most = of[i] > most ? of[i] : most;
-    return most;
-  };
-  constexpr int kSpan = largest(kMost);
-  static_assert(kSpan < 4, "two pairs of vectors");
-  constexpr auto place = [](int lane) { return From::at(kVector * kAll + lane) - kFirst * kAll; };
-  const Floats low = FA_SHUFFLE(vectors[kFirst], vectors[kFirst + (kSpan > 0)], (place(kLane) % (2 * kAll))...);
-  if constexpr (kSpan < 2) {
-    return low;
+// Number q of a result is number From::at(q) of the vectors. Where the numbers of one vector of the result lie.
+template <class From, int kVector>
+struct Origin {
+  static constexpr int kAll = int(kLanes);
+  static constexpr int at(int lane) { return From::at(kVector * kAll + lane); }
+  static constexpr int first_vector() {
+    int first = at(0) / kAll;
+    for (int lane = 1; lane < kAll; ++lane) first = at(lane) / kAll < first ? at(lane) / kAll : first;
+    return first;
+  }
+  static constexpr int last_vector() {
+    int last = 0;
+    for (int lane = 0; lane < kAll; ++lane) last = at(lane) / kAll > last ? at(lane) / kAll : last;
+    return last;
+  }
+  // Counted from the first of the vectors that have some.
+  static constexpr int place(int lane) { return at(lane) - first_vector() * kAll; }
+};
+
+// By pairs of vectors: what lies in the first kPairs of them.
+template <class From, int kVector, int kPairs, int... kLane>
+FA_INLINE Floats picked(const Floats* vectors, Lane<kLane...> lanes) {
+  using Here = Origin<From, kVector>;
+  constexpr int kAll = Here::kAll, kLast = Here::last_vector();
+  constexpr int kEven = Here::first_vector() + 2 * (kPairs - 1), kOdd = kEven < kLast ? kEven + 1 : kLast;
+  const Floats pair = FA_SHUFFLE(vectors[kEven], vectors[kOdd], (Here::place(kLane) % (2 * kAll))...);
+  if constexpr (kPairs == 1) {
+    return pair;
   } else {
-    const Floats high = FA_SHUFFLE(vectors[kFirst + 2], vectors[kFirst + kSpan], (place(kLane) % (2 * kAll))...);
-    return FA_SHUFFLE(low, high, (kLane + (place(kLane) < 2 * kAll ? 0 : kAll))...);
+    const Floats others = picked<From, kVector, kPairs - 1>(vectors, lanes);
+    return FA_SHUFFLE(others, pair, (kLane + (Here::place(kLane) / (2 * kAll) < kPairs - 1 ? 0 : kAll))...);
   }
 }
 
 template <class From, int kVector>
 FA_INLINE Floats pick(const Floats* vectors) {
-  return picked<From, kVector>(vectors, typename AllLanesOf<int(kLanes)>::type{});
+  using Here = Origin<From, kVector>;
+  constexpr int kPairs = (Here::last_vector() - Here::first_vector()) / 2 + 1;
+  return picked<From, kVector, kPairs>(vectors, typename AllLanesOf<int(kLanes)>::type{});
 }
 
 // Calls f with each number below kCount, which it knows when it is compiled.
@@ -88,7 +102,7 @@ struct FlatRule {
   }
 
   FA_INLINE Floats moment(Floats old, Floats sum, float added, float by) const {
-    return old * beta2 + ((sum + added) * by) * rest;
+    return fused(Floats{} + rest, (sum + added) * by, old * beta2);  // new_moment of formulas.h
   }
 };
 
@@ -126,21 +140,19 @@ struct FlatMatrices {
 
   template <class G>
   FA_INLINE FlatMatrices(const G* from, const float* row_var, const float* col_var, const FlatRule& r) {
-    Floats square[kSize];
     for_each_known<kSize>([&](auto i) {
       ask_for(from + i.value * kLanes, kAheadOfLine);
       grad[i.value] = load(from + i.value * kLanes) * r.scale;
-      square[i.value] = grad[i.value] * grad[i.value];
     });
     for_each_known<kRows>([&](auto i) {
       Floats sum{};
-      for_each_known<kCols>([&](auto j) { sum += pick<InRow<j.value>, i.value>(square); });
+      for_each_known<kCols>([&](auto j) { add_square(sum, pick<InRow<j.value>, i.value>(grad)); });
       ask_for(row_var + i.value * kLanes, kAheadOfLine);
       row[i.value] = r.moment(load(row_var + i.value * kLanes), sum, r.added_to_row, r.row_by);
     });
     for_each_known<kCols>([&](auto j) {
       Floats sum{};
-      for_each_known<kRows>([&](auto i) { sum += pick<InCol<i.value>, j.value>(square); });
+      for_each_known<kRows>([&](auto i) { add_square(sum, pick<InCol<i.value>, j.value>(grad)); });
       ask_for(col_var + j.value * kLanes, kAheadOfLine);
       col[j.value] = r.moment(load(col_var + j.value * kLanes), sum, r.added_to_col, r.col_by);
       col_root[j.value] = inverse_root(col[j.value]);
@@ -153,6 +165,8 @@ struct FlatMatrices {
       row_root[i.value] = inverse_root(row[i.value] * inverse(norm));
     });
   }
+
+  static FA_INLINE void add_square(Floats& sum, Floats x) { sum = fused(x, x, sum); }
 
   // u of one vector of elements, before it is clipped.
   template <int kVector>

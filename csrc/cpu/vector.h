@@ -266,6 +266,11 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+inline Vector<double> fused(Vector<double> a, Vector<double> b, Vector<double> c) {
+  for (int64_t i = 0; i < lanes_of<double>; ++i) c[i] = fused(a[i], b[i], c[i]);
+  return c;
+}
+
 inline float sum_of(Floats value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(__m512(value));
@@ -353,25 +358,31 @@ inline Vector<double> inverse_root(Vector<double> x) {
 }
 
 #if defined(__AVX2__)
-// Whether some number is so small, so large or so odd that a guess of 1 / x or 1 / sqrt(x) cannot be made better.
-inline bool any_extreme(Floats x) { return any(~((x > 1e-37f) & (x < 1e37f))); }
+// Where a number is so small, so large or so odd that a guess of 1 / x or 1 / sqrt(x) cannot be made better. The others
+// beside it in a vector are not touched by that: the bits of an element do not depend on where it lies.
+inline Flags extremes(Floats x) { return ~((x > 1e-37f) & (x < 1e37f)); }
 #endif
+
+inline Floats exact_inverse_root(Floats x) {
+  for (int64_t i = 0; i < kLanes; ++i) x[i] = 1.0f / std::sqrt(x[i]);
+  return x;
+}
 
 inline Floats inverse_root(Floats x) {
 #if defined(__AVX2__)
   // A guess of 12 bits or more and one step of Newton's method: within two units in the last place, in a fifth of the
   // time of a division and a root.
-  if (!any_extreme(x)) {
 #if defined(__AVX512F__)
-    const Floats guess = Floats(_mm512_rsqrt14_ps(__m512(x)));
+  const Floats guess = Floats(_mm512_rsqrt14_ps(__m512(x)));
 #else
-    const Floats guess = Floats(_mm256_rsqrt_ps(__m256(x)));
+  const Floats guess = Floats(_mm256_rsqrt_ps(__m256(x)));
 #endif
-    return guess + guess * (0.5f - 0.5f * x * guess * guess);
-  }
+  const Floats better = guess + guess * (0.5f - 0.5f * x * guess * guess);
+  const Flags extreme = extremes(x);
+  return any(extreme) ? (extreme ? exact_inverse_root(x) : better) : better;
+#else
+  return exact_inverse_root(x);
 #endif
-  for (int64_t i = 0; i < kLanes; ++i) x[i] = 1.0f / std::sqrt(x[i]);
-  return x;
 }
 
 inline Floats inverse_root(Floats x, AllLanes) { return inverse_root(x); }
@@ -387,16 +398,17 @@ inline Vector<double> inverse(Vector<double> x) { return 1.0 / x; }
 
 inline Floats inverse(Floats x) {
 #if defined(__AVX2__)
-  if (!any_extreme(x)) {
 #if defined(__AVX512F__)
-    const Floats guess = Floats(_mm512_rcp14_ps(__m512(x)));
+  const Floats guess = Floats(_mm512_rcp14_ps(__m512(x)));
 #else
-    const Floats guess = Floats(_mm256_rcp_ps(__m256(x)));
+  const Floats guess = Floats(_mm256_rcp_ps(__m256(x)));
 #endif
-    return guess + guess * (1.0f - x * guess);
-  }
-#endif
+  const Floats better = guess + guess * (1.0f - x * guess);
+  const Flags extreme = extremes(x);
+  return any(extreme) ? (extreme ? 1.0f / x : better) : better;
+#else
   return 1.0f / x;
+#endif
 }
 
 // x[i] = 1 / sqrt(x[i]).

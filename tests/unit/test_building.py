@@ -291,6 +291,7 @@ def test_a_compiler_that_fails_makes_the_command_fail(
 def test_an_installation_goes_without_a_library_unless_told(
     wanted: str, fails: bool, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A library of other sources that was there before does not pass for the one that failed."""
     compiler = folder / "cuda" / "bin" / "nvcc"
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("FUSED_ADAFACTOR_BUILD", wanted)
@@ -298,6 +299,10 @@ def test_an_installation_goes_without_a_library_unless_told(
         monkeypatch.setenv("FAKE_FAILS", "1")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "built")]
     command += ["--build-temp", str(folder / "objects")]
+    old = folder / "built" / "fused_adafactor" / building.LIBRARIES["cpp"]
+    if wanted != "0":
+        old.parent.mkdir(parents=True)
+        old.write_text("of other sources")
     process = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert process.returncode == status, process.stderr
     made = {path.name for path in (folder / "built").rglob("*.so")}
