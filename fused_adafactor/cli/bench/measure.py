@@ -1,14 +1,18 @@
-"""Times, taken in turn: A B C A B C, so that noise of the machine hits all alike.
+"""Times, taken in rounds: A B C, C A B, so that noise of the machine hits all alike.
 
-Who is slow sits out rounds, evenly. In between, everybody else's tensors have passed through the
-caches: what is left of one's own is what a last-level cache holds of them all, and for a case that
-small the floor finds as much of it. A GPU's cache is written over before every step.
+The order is drawn anew for each round, the same in every run: who always came after the same one
+would always find what that one leaves to be written back. Who is slow sits out rounds, evenly.
+
+In between, everybody else's tensors have passed through the caches: what is left of one's own is
+what a last-level cache holds of them all, and for a case that small the floor finds as much of it.
+A GPU's cache is written over before every step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import statistics
 import time
 import traceback
@@ -146,14 +150,17 @@ def _clamped(rounds: float) -> int:
 
 
 def _in_turn(rounds: Mapping[str, int]) -> Iterator[list[str]]:
-    """Who steps in each round; who has fewer than others sits out evenly."""
+    """Who steps in each round, and in what order; who has fewer than others sits out evenly."""
     most = max(rounds.values())
+    order = random.Random(0)
     for number in range(most):
-        yield [
+        names = [
             name
             for name, wanted in rounds.items()
             if (number + 1) * wanted // most > number * wanted // most
         ]
+        order.shuffle(names)
+        yield names
 
 
 def _timer(device: torch.device) -> Callable[[Step], float]:
