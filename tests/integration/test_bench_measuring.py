@@ -1,6 +1,7 @@
 """What the bench measures at toy size: parity, turns, memory, peers. No test is of a time."""
 
 import importlib.util
+import itertools
 import math
 import sys
 import types
