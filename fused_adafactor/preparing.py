@@ -6,9 +6,10 @@ then prepared; what was prepared is taken again for as long as nothing that it f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -73,9 +74,30 @@ class Known(NamedTuple):
     own_rules: list[Rule] | None
 
 
+# Of these an object says the same for as long as it lives; a function or a tensor may not.
+_CONSTANT = (bool, int, float, str, NoneType, torch.dtype)
+
+
+class Settled(NamedTuple):
+    """A rule, and all that its param group said when it was made: of values that cannot change."""
+
+    keys: tuple[str, ...]
+    values: tuple[Any, ...]
+    rule: Rule
+
+    def holds(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group says the same, in the same objects."""
+        values = tuple(value for key, value in group.items() if key != "params")
+        return len(values) == len(self.values) and (
+            all(map(operator.is_, values, self.values)) and tuple(group) == self.keys
+        )
+
+
 class PreparingOptimizer(CheckpointedOptimizer):
     """Prepares steps, and takes them."""
 
+    # The rules of param groups, by number; like the next, never copied, pickled or saved.
+    _settled: Mapping[int, Settled] = MappingProxyType({})
     # The last step of all parameters, kept for the next one; never copied, pickled or saved.
     _known: Known | None = None
     # What every new value of a parameter is written to besides, see ``Binding.mirror``; by
@@ -114,14 +136,18 @@ class PreparingOptimizer(CheckpointedOptimizer):
     def _rules(self, numbers: Iterable[int]) -> dict[int, Rule]:
         """The rules of groups, by their numbers; a group that was replaced is completed."""
         shared = [group["step"] for group in self.param_groups if "step" in group]
-        groups = {number: self.param_groups[number] for number in numbers}
-        for group in groups.values():
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            if shared:
-                group.setdefault("step", shared[0])
-            check_group(group)
-        rules = {number: self._rule(group) for number, group in groups.items()}
+        rules: dict[int, Rule] = {}
+        for number in numbers:
+            group, settled = self.param_groups[number], self._settled.get(number)
+            if settled is None or not settled.holds(group):
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+                if shared:
+                    group.setdefault("step", shared[0])
+                check_group(group)
+                settled = _settle(group, self._rule(group))
+                self._settled = {**self._settled, number: settled}
+            rules[number] = settled.rule
         if any(rule.step_count is StepCount.GLOBAL for rule in rules.values()):
             self._check_agreement(list(rules.values()))
         return rules
@@ -366,3 +392,13 @@ def _call_of(cohort: Cohort, calls: Sequence[Number]) -> Number:
 
 def _is_zero(lr: float | Tensor | Callable[..., Any] | None) -> bool:
     return lr is not None and not callable(lr) and not bool(lr != 0)
+
+
+def _settle(group: Mapping[str, Any], rule: Rule) -> Settled:
+    """A rule and what it was made from; where that may change, no keys, so that no group agrees."""
+    values = tuple(value for key, value in group.items() if key != "params")
+    for value in values:
+        parts = value if type(value) is tuple else (value,)
+        if not all(type(part) in _CONSTANT for part in parts):
+            return Settled((), (), rule)
+    return Settled(tuple(group), values, rule)

@@ -52,6 +52,7 @@ def build(dialect: Dialect, backend: str, dtype: torch.dtype = torch.float32, **
 def forget(optimizer: Any) -> None:
     """Make the next step of an optimizer its first, as far as preparing goes."""
     optimizer._known = None
+    optimizer._settled = {}
 
 
 def assert_steps_alike(kept: Any, fresh: Any, change: Change, steps: int = 3) -> None:
@@ -267,6 +268,14 @@ CHANGES: list[Change] = [
 def test_a_change_is_followed(change: Change, backend: str) -> None:
     kept, fresh = (build(TORCH, backend, max_grad_norm=5.0) for _ in range(2))
     assert_steps_alike(kept, fresh, change)
+
+
+def test_a_pair_that_is_written_in_place_is_followed(backend):
+    def smaller(optimizer: Any) -> None:
+        optimizer.param_groups[0]["eps"][1] = 1e-5
+
+    kept, fresh = (build(TORCH, backend, eps=[None, 10.0]) for _ in range(2))
+    assert_steps_alike(kept, fresh, smaller)
 
 
 def test_a_gradient_that_moves_is_followed(backend):
