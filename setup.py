@@ -54,16 +54,19 @@ class BuildNative(build_ext):
                 shutil.copy2(here, library)
                 return
             objects = Path(self.build_temp, backend)
-            building.compile_library(recipe, library, objects)
+            try:
+                building.compile_library(recipe, library, objects)
+            except (OSError, subprocess.CalledProcessError):
+                # One of other sources that is there must not pass for it.
+                for stale in (library, here) if self.editable_mode else (library,):
+                    stale.unlink(missing_ok=True)
+                raise
         except building.CannotBuild as error:
             # Nobody has nvcc by default, so only who asks for that library has to have it.
             if wanted == backend or (wanted == "1" and backend == "cpp"):
                 raise
             print(f"fused_adafactor: no native library for {backend} ({error})")
         except (OSError, subprocess.CalledProcessError) as error:
-            # One of other sources that is there must not pass for it.
-            for stale in (library, here) if self.editable_mode else (library,):
-                stale.unlink(missing_ok=True)
             if wanted != "auto":
                 raise
             print(f"fused_adafactor: no native library for {backend} ({error})")

@@ -79,7 +79,7 @@ _CONSTANT = (bool, int, float, str, NoneType, torch.dtype)
 
 
 class Settled(NamedTuple):
-    """A rule, and all that its param group said when it was made: of values that cannot change."""
+    """A rule, and all that its param group said when it was made."""
 
     keys: tuple[str, ...]
     values: tuple[Any, ...]
@@ -87,7 +87,7 @@ class Settled(NamedTuple):
 
     def holds(self, group: Mapping[str, Any]) -> bool:
         """Whether the group says the same, in the same objects."""
-        values = tuple(value for key, value in group.items() if key != "params")
+        values = _said(group)
         return len(values) == len(self.values) and (
             all(map(operator.is_, values, self.values)) and tuple(group) == self.keys
         )
@@ -97,7 +97,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
     """Prepares steps, and takes them."""
 
     # The rules of param groups, by number; like the next, never copied, pickled or saved.
-    _settled: Mapping[int, Settled] = MappingProxyType({})
+    _settled: dict[int, Settled] | None = None
     # The last step of all parameters, kept for the next one; never copied, pickled or saved.
     _known: Known | None = None
     # What every new value of a parameter is written to besides, see ``Binding.mirror``; by
@@ -136,18 +136,25 @@ class PreparingOptimizer(CheckpointedOptimizer):
     def _rules(self, numbers: Iterable[int]) -> dict[int, Rule]:
         """The rules of groups, by their numbers; a group that was replaced is completed."""
         shared = [group["step"] for group in self.param_groups if "step" in group]
+        if self._settled is None:
+            self._settled = {}
+        known = self._settled
         rules: dict[int, Rule] = {}
         for number in numbers:
-            group, settled = self.param_groups[number], self._settled.get(number)
-            if settled is None or not settled.holds(group):
-                for key, value in self.defaults.items():
-                    group.setdefault(key, value)
-                if shared:
-                    group.setdefault("step", shared[0])
-                check_group(group)
-                settled = _settle(group, self._rule(group))
-                self._settled = {**self._settled, number: settled}
-            rules[number] = settled.rule
+            group, settled = self.param_groups[number], known.get(number)
+            if settled is not None and settled.holds(group):
+                rules[number] = settled.rule
+                continue
+            known.pop(number, None)
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if shared:
+                group.setdefault("step", shared[0])
+            check_group(group)
+            rules[number] = self._rule(group)
+            said = _said(group)
+            if _is_constant(said):
+                known[number] = Settled(tuple(group), said, rules[number])
         if any(rule.step_count is StepCount.GLOBAL for rule in rules.values()):
             self._check_agreement(list(rules.values()))
         return rules
@@ -394,11 +401,14 @@ def _is_zero(lr: float | Tensor | Callable[..., Any] | None) -> bool:
     return lr is not None and not callable(lr) and not bool(lr != 0)
 
 
-def _settle(group: Mapping[str, Any], rule: Rule) -> Settled:
-    """A rule and what it was made from; where that may change, no keys, so that no group agrees."""
-    values = tuple(value for key, value in group.items() if key != "params")
-    for value in values:
-        parts = value if type(value) is tuple else (value,)
-        if not all(type(part) in _CONSTANT for part in parts):
-            return Settled((), (), rule)
-    return Settled(tuple(group), values, rule)
+def _said(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a rule may be made from."""
+    return tuple([value for key, value in group.items() if key not in ("params", "param_names")])
+
+
+def _is_constant(values: Iterable[Any]) -> bool:
+    """Whether none of them can change without becoming another object."""
+    return all(
+        all(type(part) in _CONSTANT for part in (value if type(value) is tuple else (value,)))
+        for value in values
+    )

@@ -77,8 +77,7 @@ auto without_param(const Tensor& t, F f) {
 }
 
 inline GradRule grad_rule(const Tensor& t, const Rule& r) {
-  // Where nothing comes between the two, the scale has the factor in it.
-  const bool apart = extras_of(t, r) != kNoExtras;
+  const bool apart = factor_stands_apart(t, r);
   return {float(apart ? t.grad_scale : t.grad_scale * t.grad_factor), apart ? float(t.grad_factor) : 1.0f,
           r.clip_value < 0 ? INFINITY : float(r.clip_value), float(r.accumulation_steps)};
 }

@@ -251,6 +251,12 @@ void tiny_roots(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_
   from_lanes(tiny.element, rows * cols, tiny.lanes, root);
 }
 
+template <class M>
+Vector<M> of_first_lanes(Vector<M> x, int64_t count) {
+  for (int64_t i = count; i < lanes_of<M>; ++i) x[i] = M(0);
+  return x;
+}
+
 // Σ u² of whole matrices where the numerator is the gradient: Σ g² / v, at most g² / eps1² each.
 template <class M>
 double tiny_update_sq(const Tensor& t, const Rule& r, const M* grad, int64_t k, int64_t n, M most_root) {
@@ -267,7 +273,7 @@ double tiny_update_sq(const Tensor& t, const Rule& r, const M* grad, int64_t k, 
         // Roots before they meet: their squares leave all range long before u does.
         const Vector<M> g = load(tiny.element + (i * cols + j) * tiny.stride + l), root = of_row * of_col[j];
         const Vector<M> u = g * (root > most_root ? Vector<M>{} + most_root : root);
-        total += g == M(0) ? Vector<M>{} : u * u;  // lanes beyond the last have no root
+        total += of_first_lanes<M>(u * u, tiny.lanes - l);  // those beyond the last have no root
       }
     }
   }

@@ -14,15 +14,15 @@ namespace fused_adafactor {
 namespace FA_ISA {
 namespace {
 
-// The numbers of all lanes.
+// The numbers of lanes.
 template <int... kLane>
-struct Lane {};
+struct Numbers {};
 
 template <int kCount, int... kLane>
-struct AllLanesOf : AllLanesOf<kCount - 1, kCount - 1, kLane...> {};
+struct NumbersBelow : NumbersBelow<kCount - 1, kCount - 1, kLane...> {};
 template <int... kLane>
-struct AllLanesOf<0, kLane...> {
-  using type = Lane<kLane...>;
+struct NumbersBelow<0, kLane...> {
+  using type = Numbers<kLane...>;
 };
 
 // Number q of a result is number From::at(q) of the vectors. Where the numbers of one vector of the result lie.
@@ -46,7 +46,7 @@ struct Origin {
 
 // By pairs of vectors: what lies in the first kPairs of them.
 template <class From, int kVector, int kPairs, int... kLane>
-FA_INLINE Floats picked(const Floats* vectors, Lane<kLane...> lanes) {
+FA_INLINE Floats picked(const Floats* vectors, Numbers<kLane...> lanes) {
   using Here = Origin<From, kVector>;
   constexpr int kAll = Here::kAll, kLast = Here::last_vector();
   constexpr int kEven = Here::first_vector() + 2 * (kPairs - 1), kOdd = kEven < kLast ? kEven + 1 : kLast;
@@ -63,7 +63,7 @@ template <class From, int kVector>
 FA_INLINE Floats pick(const Floats* vectors) {
   using Here = Origin<From, kVector>;
   constexpr int kPairs = (Here::last_vector() - Here::first_vector()) / 2 + 1;
-  return picked<From, kVector, kPairs>(vectors, typename AllLanesOf<int(kLanes)>::type{});
+  return picked<From, kVector, kPairs>(vectors, typename NumbersBelow<int(kLanes)>::type{});
 }
 
 // Calls f with each number below kCount, which it knows when it is compiled.

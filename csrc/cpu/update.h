@@ -48,13 +48,19 @@ bool grad_is_raw(const Tensor& t, const Rule& r) {
   return t.grad_scale == 1.0 && t.grad_factor == 1.0 && t.accumulator == nullptr && r.clip_value < 0;
 }
 
+// Whether something comes between the scale of a gradient and its factor; else they are one number.
+inline bool factor_stands_apart(const Tensor& t, const Rule& r) {
+  return t.accumulator != nullptr || r.clip_value >= 0 || r.momentum == kMomentumGrad;
+}
+
 // g: unscaled, averaged over accumulated steps, clipped; `buffer` is used unless the raw gradient will do.
 template <class M>
 const M* read_grad(const Tensor& t, const Rule& r, int64_t k, int64_t n, M* buffer, M* spare,
                    double* unclipped_sq = nullptr) {
   const M* raw = read(t, t.strides, t.grad, t.grad_dtype, k, n, buffer);
   if (grad_is_raw<M>(t, r)) return raw;
-  const M scale = M(t.grad_scale);
+  const bool apart = factor_stands_apart(t, r);
+  const M scale = M(apart ? t.grad_scale : t.grad_scale * t.grad_factor);
   for (int64_t i = 0; i < n; ++i) buffer[i] = raw[i] * scale;
   if (t.accumulator != nullptr) {
     const M* sum = read(t, t.state_strides, t.accumulator, t.math_dtype, k, n, spare);
@@ -69,7 +75,7 @@ const M* read_grad(const Tensor& t, const Rule& r, int64_t k, int64_t n, M* buff
       buffer[i] = buffer[i] > limit ? limit : buffer[i] < -limit ? -limit : buffer[i];
     }
   }
-  if (t.grad_factor != 1.0) {
+  if (apart && t.grad_factor != 1.0) {
     const M factor = M(t.grad_factor);
     for (int64_t i = 0; i < n; ++i) buffer[i] *= factor;
   }

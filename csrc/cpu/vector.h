@@ -359,7 +359,7 @@ inline Vector<double> inverse_root(Vector<double> x) {
 
 #if defined(__AVX2__)
 // Where a number is so small, so large or so odd that a guess of 1 / x or 1 / sqrt(x) cannot be made better. The others
-// beside it in a vector are not touched by that: the bits of an element do not depend on where it lies.
+// beside it in a vector are not touched by that.
 inline Flags extremes(Floats x) { return ~((x > 1e-37f) & (x < 1e37f)); }
 #endif
 

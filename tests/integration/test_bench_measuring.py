@@ -102,6 +102,7 @@ def test_nobody_always_comes_after_the_same_one() -> None:
     rounds = dict.fromkeys("abc", 60)
     turns = list(measure._in_turn(rounds))
     assert turns == list(measure._in_turn(rounds))
+    assert all(names[0] != before[-1] for before, names in itertools.pairwise(turns))
     for first, second in itertools.permutations(rounds, 2):
         followed = sum(names.index(first) + 1 == names.index(second) for names in turns)
         assert 10 < followed < 40, (first, second)

@@ -37,7 +37,16 @@ SHAPES = [
     (9, 16, 300),
 ]
 # Beside these: what is one item, and one more element; several slabs, of a matrix and of a stack.
-SLABBED = [(256, 512), (257, 512), (700, 300), (3, 300, 500), (40_000,), (131_073,), (5000, 31)]
+SLABBED = [
+    (15_003, 3, 3),
+    (256, 512),
+    (257, 512),
+    (700, 300),
+    (3, 300, 500),
+    (40_000,),
+    (131_073,),
+    (5000, 31),
+]
 
 
 # --- rounding ------------------------------------------------------------------------------------
@@ -265,6 +274,26 @@ def test_both_ways_to_write_a_parameter_have_the_same_bits(
                 (param.grad,) = draw([shape], step, dtype)
                 optimizer.step()
         assert same_bits(*(params_of(optimizer)[0].detach() for optimizer in built))
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 3), (6, 5, 5), (300,), (33, 40)], ids=str)
+def test_a_scale_and_a_factor_are_one_number_both_ways(shape: tuple[int, ...]) -> None:
+    built = [
+        KERAS(
+            params_in([shape], F32),
+            backend="cpp",
+            loss_scale_factor=3.0,
+            clipnorm=0.5,
+            use_ema=average,
+        )
+        for average in (False, True)
+    ]
+    for step in range(2):
+        for optimizer in built:
+            (param,) = params_of(optimizer)
+            (param.grad,) = draw([shape], step, F32)
+            optimizer.step()
+    assert same_bits(*(params_of(optimizer)[0].detach() for optimizer in built))
 
 
 @pytest.mark.parametrize("shape", [(40, 3, 3), (6, 5, 5), (300,), (999, 9)], ids=str)

@@ -64,7 +64,7 @@ def time_case(
     seconds: float,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Times:
-    """Time candidates and the roofs in turn.
+    """Time candidates and the roofs, each once a round.
 
     Args:
         case: What to step.
@@ -153,6 +153,7 @@ def _in_turn(rounds: Mapping[str, int]) -> Iterator[list[str]]:
     """Who steps in each round, and in what order; who has fewer than others sits out evenly."""
     most = max(rounds.values())
     order = random.Random(0)
+    last: list[str] = []
     for number in range(most):
         names = [
             name
@@ -160,6 +161,9 @@ def _in_turn(rounds: Mapping[str, int]) -> Iterator[list[str]]:
             if (number + 1) * wanted // most > number * wanted // most
         ]
         order.shuffle(names)
+        while len(names) > 1 and names[:1] == last:  # its tensors would be in the caches still
+            order.shuffle(names)
+        last = names[-1:]
         yield names
 
 
