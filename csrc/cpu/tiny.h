@@ -263,7 +263,7 @@ double tiny_update_sq(const Tensor& t, const Rule& r, const M* grad, int64_t k, 
   const int64_t rows = t.matrix_rows, cols = t.matrix_cols;
   const Tiny<M> tiny(t, r, grad, k, n, false);
   Vector<M> total{};
-  for (int64_t l = 0; l < tiny.stride; l += lanes_of<M>) {
+  for (int64_t l = 0; l < tiny.lanes; l += lanes_of<M>) {
     const Vector<M> by_norm = inverse(load(tiny.norm + l));
     Vector<M> of_col[kMaxTiny];
     for (int64_t j = 0; j < cols; ++j) of_col[j] = inverse_root(load(tiny.col + j * tiny.stride + l));
