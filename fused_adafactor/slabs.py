@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import islice
 
@@ -44,16 +44,18 @@ class Cut:
 
 
 # A core's L2 cache holds the gradient and the parameter of so many elements. With so many lines the
-# sums stay under 2 % of a bfloat16 parameter. ``kMergeColumns`` of ``abi.h``.
+# sums stay under 2 % of a parameter that is as wide as they are. ``kMergeColumns`` of ``abi.h``.
 CPU_CUT = Cut(
     slab_elements=131_072,
-    slab_lines=256,
+    slab_lines=128,
     most_slabs=2**62,
     free_line=16_384,
     whole_elements=131_072,
     small_elements=131_072,
     merge_columns=2048,
 )
+# Of a parameter that is half as wide as its sums.
+CPU_CUT_OF_HALVES = replace(CPU_CUT, slab_lines=256)
 
 
 class ItemKind(IntEnum):
@@ -302,53 +304,84 @@ def strips_of(geometry: Geometry, cut: Cut) -> tuple[int, int]:
     return -(-geometry.lines_per_slab // lines), lines
 
 
+@dataclass(frozen=True)
+class Wave:
+    """Tensors that are read one after the other, and then applied.
+
+    Attributes:
+        whole: Numbers of those that are stepped in one go.
+        swept: Numbers of the others.
+    """
+
+    whole: tuple[int, ...]
+    swept: tuple[int, ...]
+
+
+def waves_of(geometries: Sequence[Geometry], threads: int, everything: bool) -> list[Wave]:
+    """Waves of two slabs or more for each thread, so that all are at work until the last of them.
+
+    They have no more than that, so that what fits the caches is still there for the last sweep.
+
+    Args:
+        geometries: Of the tensors.
+        threads: That take items.
+        everything: Whether the update runs in one go, without a pause for what is joined.
+    """
+    waves: list[Wave] = []
+    whole: list[int] = []
+    swept: list[int] = []
+    slabs = 0
+    for number, geometry in enumerate(geometries):
+        if everything and is_whole(geometry, CPU_CUT):
+            whole.append(number)
+            continue
+        if slabs >= 2 * threads:
+            waves.append(Wave(tuple(whole), tuple(swept)))
+            whole, swept, slabs = [], [], 0
+        swept.append(number)
+        slabs += geometry.slabs
+    return [*waves, Wave(tuple(whole), tuple(swept))]
+
+
 def items_of(
     geometries: Sequence[Geometry], phases: Sequence[Phase], threads: int
 ) -> Iterator[Item]:
     """Items in ticket order, for threads of a CPU.
 
-    What has to wait for the sums of a tensor comes after some slabs of the next one, one for each
-    thread, so that nobody waits while the others are still at work; and before the rest of them, so
-    that a tensor that fits the caches is still there. The last sweep goes backwards, latest read
-    first.
+    The last sweep of a wave goes backwards, latest read first, so that what fits the caches is
+    still there. Some strips of it, three for each thread, are held back until the next wave has
+    been read. They lie between sums and what waits for them, so that nobody waits while others are
+    at work; tensors that are one item do too.
     """
-    everything = len(phases) == len(Phase)
-    waiting: int | None = None
-    for number, geometry in enumerate(geometries):
-        if everything and is_whole(geometry, CPU_CUT):
-            yield ItemKind.WHOLE, number, 0
-            continue
-        stats: Iterable[Item] = ()
+    waves = waves_of(geometries, threads, len(phases) == len(Phase))
+    held: list[Item] = []
+    for wave in waves if Phase.STATS in phases else reversed(waves):
         if Phase.STATS in phases:
-            stats = ((ItemKind.STATS, number, slab) for slab in range(geometry.slabs))
+            yield from _of_slabs(ItemKind.STATS, geometries, wave.swept)
+        yield from ((ItemKind.WHOLE, number, 0) for number in wave.whole)
         if Phase.APPLY not in phases:
-            yield from stats
             continue
-        stats = iter(stats)
-        if waiting is not None:
-            yield from islice(stats, threads)
-            yield from _finalizing(geometries, waiting)
-            yield from islice(stats, threads)
-            yield from _last_sweep(geometries, waiting)
-        yield from stats
-        waiting = number
-    if waiting is not None:
-        yield from _finalizing(geometries, waiting)
-        yield from _last_sweep(geometries, waiting)
+        between, backwards = iter(held), wave.swept[::-1]
+        yield from islice(between, threads)
+        for number in wave.swept:
+            merges = range(merges_of(geometries[number], CPU_CUT))
+            yield from ((ItemKind.MERGE, number, part) for part in merges)
+            yield ItemKind.FINALIZE, number, 0
+        yield from islice(between, threads)
+        yield from _of_slabs(ItemKind.UPDATE_RMS, geometries, backwards)
+        yield from between
+        yield from ((ItemKind.MEASURE, number, 0) for number in backwards)
+        applying = [i for number in backwards for i in _applying(geometries[number], number)]
+        now = len(applying) - min(3 * threads, len(applying) // 2)
+        yield from applying[:now]
+        held = applying[now:]
+    yield from held
 
 
-def _finalizing(geometries: Sequence[Geometry], number: int) -> Iterator[Item]:
-    merges = range(merges_of(geometries[number], CPU_CUT))
-    yield from ((ItemKind.MERGE, number, part) for part in merges)
-    yield ItemKind.FINALIZE, number, 0
-
-
-def _last_sweep(geometries: Sequence[Geometry], number: int) -> Iterator[Item]:
-    """What follows FINALIZE."""
-    slabs = range(geometries[number].slabs)
-    yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs)
-    yield ItemKind.MEASURE, number, 0
-    yield from _applying(geometries[number], number)
+def _of_slabs(
+    kind: ItemKind, geometries: Sequence[Geometry], numbers: Iterable[int]
+) -> Iterator[Item]:
+    return ((kind, number, slab) for number in numbers for slab in range(geometries[number].slabs))
 
 
 def _applying(geometry: Geometry, number: int) -> Iterator[Item]:
@@ -362,17 +395,15 @@ def items_between_sums(geometries: Sequence[Geometry], phases: Sequence[Phase]) 
     The last sweep begins with the tensor that was read last.
     """
     numbers = range(len(geometries))
-    slabs = [range(geometry.slabs) for geometry in geometries]
     if Phase.STATS in phases:
-        yield from ((ItemKind.STATS, number, slab) for number in numbers for slab in slabs[number])
+        yield from _of_slabs(ItemKind.STATS, geometries, numbers)
         for number, geometry in enumerate(geometries):
             merges = range(merges_of(geometry, CPU_CUT))
             yield from ((ItemKind.MERGE, number, part) for part in merges)
             yield ItemKind.SHARE, number, 0
     elif Phase.FINALIZE in phases:
         yield from ((ItemKind.FINALIZE, number, 0) for number in numbers)
-        for number in numbers:
-            yield from ((ItemKind.UPDATE_RMS, number, slab) for slab in slabs[number])
+        yield from _of_slabs(ItemKind.UPDATE_RMS, geometries, numbers)
         yield from ((ItemKind.MEASURE, number, 0) for number in numbers)
     else:
         yield from ((ItemKind.SETTLE, number, 0) for number in numbers)

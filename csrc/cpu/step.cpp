@@ -47,7 +47,7 @@ int32_t chosen_isa = best_isa();
 // Items of this call that are left to do of a tensor.
 struct Progress {
   std::atomic<int32_t> stats_left{0}, merges_left{0}, finalize_left{0};
-  std::atomic<int32_t> update_rms_left{0}, measure_left{0}, apply_left{0};
+  std::atomic<int32_t> update_rms_left{0}, measure_left{0};
 };
 
 inline void wait_for(const std::atomic<int32_t>& left) {
@@ -130,12 +130,16 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
                                        const void* const* grads, const double* grad_factors, uint8_t* skips,
                                        const Rule* rules, void* scratch, int32_t threads, Outcome* outcomes) {
   const Kernels& kernels = *kBuilds[chosen_isa];
+  int64_t waves = 0;
   for (int64_t i = 0; i < tensor_count; ++i) {
+    waves = std::max(waves, tensors[i].wave + 1);
     tensors[i].grad = grads[i];
     tensors[i].grad_factor = grad_factors == nullptr ? 1.0 : grad_factors[i];
     tensors[i].skip = skips != nullptr && skips[i] != 0;
   }
   std::unique_ptr<Progress[]> progress(new Progress[tensor_count]);
+  // Of each wave: its items of the last sweep that are left to do.
+  std::unique_ptr<std::atomic<int32_t>[]> apply_left(new std::atomic<int32_t>[waves]());
   Needs needs;
   bool only_sums = true;
   for (int64_t i = 0; i < count; ++i) {
@@ -146,7 +150,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
     if (item.kind == kFinalize) p.finalize_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kMeasure || item.kind == kSettle) p.measure_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
-    if (item.kind == kApply) p.apply_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kApply) apply_left[tensors[item.tensor].wave].fetch_add(1, std::memory_order_relaxed);
     only_sums = only_sums && item.kind == kStats;
     needs.add(tensors[item.tensor], item.kind == kWhole);
   }
@@ -169,7 +173,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
           for (int64_t i = t.slabs * t.strips - 1; i >= 0; --i) kernels.apply(t, r, i, buffers.whole, buffers);
           break;
         case kStats:
-          if (t.after >= 0) wait_for(progress[t.after].apply_left);
+          if (t.wave >= 2) wait_for(apply_left[t.wave - 2]);
           kernels.stats(t, r, item.slab, scratch, buffers);
           p.stats_left.fetch_sub(1, std::memory_order_acq_rel);
           break;
@@ -207,7 +211,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
         case kApply:
           wait_for(p.measure_left);
           kernels.apply(t, r, item.slab, scratch, buffers);
-          p.apply_left.fetch_sub(1, std::memory_order_acq_rel);
+          apply_left[t.wave].fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kAccumulate:
           kernels.accumulate(t, r, item.slab, buffers);

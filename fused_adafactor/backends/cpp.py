@@ -34,15 +34,17 @@ from fused_adafactor.rule import (
 )
 from fused_adafactor.slabs import (
     CPU_CUT,
+    CPU_CUT_OF_HALVES,
     Form,
     Geometry,
     Item,
     ItemKind,
+    Wave,
     geometry_of,
-    is_whole,
     items_between_sums,
     items_of,
     strips_of,
+    waves_of,
     whole_of,
 )
 from fused_adafactor.spec import TensorSpec
@@ -108,7 +110,7 @@ class _Tensor(ctypes.Structure):
         ("mirror", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rule", "slabs", "lines_per_slab")),
         *((name, ctypes.c_int64) for name in ("strips", "lines_per_strip")),
-        *((name, ctypes.c_int64) for name in ("scratch", "after")),
+        *((name, ctypes.c_int64) for name in ("scratch", "wave")),
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
         ("whole", _WholeParameter),
         ("partial", _PartialSums),
@@ -237,36 +239,44 @@ class _Executor:
             record.rule = rules[key] + b.count
         self.grad_scales = [0.0] * count_of_rules
         self.rules = (_Rule * count_of_rules)()
-        sizes = [_scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)]
-        place = self._share_scratch if len(segments) == 1 else self._spread_scratch
-        self.scratch = torch.empty(place(sizes), dtype=torch.uint8, device="cpu")
+        self.sums_bytes = [
+            _scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)
+        ]
+        self.in_one_go = len(segments) == 1
+        self.threads = torch.get_num_threads()
+        self._divide_scratch()
 
-    def _share_scratch(self, sizes: Sequence[int]) -> int:
-        """Two places in the scratch for all tensors, as only two are under way; their bytes.
+    def _divide_scratch(self) -> None:
+        """Two places for the sums of all waves of these threads, as only two of them are under way.
 
-        A tensor that is one item has its sums in memory of its thread.
+        Where the step has pauses, sums are kept until all have been taken. A tensor that is stepped
+        in one go has them in memory of its thread.
         """
-        big = [number for number, g in enumerate(self.geometries) if not is_whole(g, CPU_CUT)]
-        first = max((sizes[number] for number in big[::2]), default=0)
-        second = max((sizes[number] for number in big[1::2]), default=0)
-        for record in self.tensors:
-            record.after = -1
-        for place, number in enumerate(big):
-            self.tensors[number].scratch = first if place % 2 else 0
-            self.tensors[number].after = big[place - 2] if place >= 2 else -1
-        return first + second
+        waves = [Wave(whole=(), swept=tuple(range(len(self.tensors))))]
+        if self.in_one_go:
+            waves = waves_of(self.geometries, self.threads, everything=True)
+        second_place = self._place(waves[::2], 0, 0)
+        end = self._place(waves[1::2], 1, second_place)
+        self.scratch = torch.empty(end, dtype=torch.uint8, device="cpu")
 
-    def _spread_scratch(self, sizes: Sequence[int]) -> int:
-        """A place in the scratch for each tensor: sums are kept until all have been taken."""
-        end = 0
-        for record, size in zip(self.tensors, sizes, strict=True):
-            record.scratch, record.after = end, -1
-            end += size
-        return end
+    def _place(self, waves: Sequence[Wave], first: int, begin: int) -> int:
+        """Every other wave, from number ``first`` on, in one place; where that ends."""
+        ends = [begin]
+        for number, wave in enumerate(waves):
+            end = begin
+            for tensor in wave.swept:
+                record = self.tensors[tensor]
+                record.scratch, record.wave = end, first + 2 * number
+                end += self.sums_bytes[tensor]
+            ends.append(end)
+        return max(ends)
 
     def run(self, phases: Sequence[Phase], exchange: Exchange) -> None:
         """Run phases, in order, of an update."""
         threads = torch.get_num_threads()
+        if self.in_one_go and threads != self.threads:
+            self.threads = threads
+            self._divide_scratch()
         key = (threads, *phases)
         if key not in self.items:
             if self.are_split:
@@ -385,7 +395,9 @@ def _records_of(items: Iterable[Item]) -> ctypes.Array[_Item]:
 
 def _geometry_of(spec: TensorSpec) -> Geometry:
     """Cut a tensor; its gradient comes in its own layout, or is copied into it."""
-    return geometry_of(replace(spec, grad_strides=spec.param_strides), CPU_CUT)
+    halves = spec.param_dtype.itemsize < spec.math_dtype.itemsize
+    cut = CPU_CUT_OF_HALVES if halves else CPU_CUT
+    return geometry_of(replace(spec, grad_strides=spec.param_strides), cut)
 
 
 def _laid_out_alike(spec: TensorSpec) -> bool:

@@ -24,6 +24,7 @@ from tests.stepping import params_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa")
 
+# No long lines, of which a bfloat16 parameter has more in a slab than its float32 twin.
 SHAPES = [
     (7,),
     (),
@@ -33,7 +34,7 @@ SHAPES = [
     (33, 9),
     (17, 23),
     (40, 60),
-    (257, 513),
+    (257, 509),
     (9, 16, 300),
 ]
 # Beside these: what is one item, and one more element; several slabs, of a matrix and of a stack.

@@ -1,4 +1,4 @@
-"""Items for the threads of a CPU: each once, none waits for what comes later, and reuse is near."""
+"""Items for the threads of a CPU: each once, none waits for what comes later, all are at work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fused_adafactor.factoring import Factoring, View
 from fused_adafactor.plan import Phase
 from fused_adafactor.slabs import (
     CPU_CUT,
+    CPU_CUT_OF_HALVES,
+    Cut,
     Form,
     Geometry,
     Item,
@@ -24,6 +26,7 @@ from fused_adafactor.slabs import (
     items_of,
     merges_of,
     strips_of,
+    waves_of,
 )
 from fused_adafactor.spec import TensorId, TensorSpec
 
@@ -31,7 +34,7 @@ WHOLE_STEP = tuple(Phase)
 JOINED = (Phase.FINALIZE, Phase.UPDATE_RMS, Phase.APPLY)
 
 
-def geometry(shape: tuple[int, ...], view: View = View.LAST_TWO) -> Geometry:
+def geometry(shape: tuple[int, ...], view: View = View.LAST_TWO, cut: Cut = CPU_CUT) -> Geometry:
     values = torch.empty(shape, device="meta")
     spec = TensorSpec(
         id=TensorId(0, 0, None),
@@ -45,7 +48,7 @@ def geometry(shape: tuple[int, ...], view: View = View.LAST_TWO) -> Geometry:
         view=Factoring(view).view_of(shape),
         structure=(),
     )
-    return geometry_of(spec, CPU_CUT)
+    return geometry_of(spec, cut)
 
 
 SHAPES = st.one_of(
@@ -67,7 +70,6 @@ def test_every_item_once_and_after_what_it_waits_for(
 ) -> None:
     items = list(items_of(model, phases, threads))
     assert max(Counter(items).values()) == 1
-    applied_two_before: list[list[int]] = []
     for number, g in enumerate(model):
         if phases == WHOLE_STEP and is_whole(g, CPU_CUT):
             assert [kind for kind, n, _ in items if n == number] == [ItemKind.WHOLE]
@@ -86,10 +88,30 @@ def test_every_item_once_and_after_what_it_waits_for(
         assert len(apply) == g.slabs * strips
         in_order = [*stats, *merges, *finalize, *rms, *measure, *apply]
         assert in_order == sorted(in_order)
-        # The sums of a tensor take over the place in the scratch of the one before the last.
-        if len(applied_two_before) == 2 and stats:
-            assert applied_two_before[0][-1] < stats[0]
-        applied_two_before = [*applied_two_before[-1:], apply]
+
+
+@hypothesis.given(MODELS, st.integers(1, 64))
+def test_waves_are_as_large_as_threads_ask_for_and_no_larger(
+    model: list[Geometry], threads: int
+) -> None:
+    waves = waves_of(model, threads, everything=True)
+    swept = [number for wave in waves for number in wave.swept]
+    assert swept == [number for number, g in enumerate(model) if not is_whole(g, CPU_CUT)]
+    assert sorted([*swept, *(n for wave in waves for n in wave.whole)]) == [*range(len(model))]
+    for wave in waves[:-1]:
+        *others, _ = slabs = [model[number].slabs for number in wave.swept]
+        assert sum(others) < 2 * threads <= sum(slabs)
+
+
+@hypothesis.given(MODELS, st.integers(1, 64))
+def test_sums_of_a_wave_take_over_the_place_of_what_has_been_applied(
+    model: list[Geometry], threads: int
+) -> None:
+    items = list(items_of(model, WHOLE_STEP, threads))
+    waves = [wave.swept for wave in waves_of(model, threads, everything=True)]
+    for before, wave in zip(waves, waves[2:], strict=False):
+        applied = max(places(items, ItemKind.APPLY, before[0]))
+        assert applied < min(places(items, ItemKind.STATS, wave[0]))
 
 
 @hypothesis.given(st.builds(geometry, SHAPES))
@@ -103,18 +125,35 @@ def test_strips_are_all_of_a_slab(g: Geometry) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_what_waits_comes_after_a_slab_for_each_thread_and_no_more(threads: int) -> None:
-    model = [geometry((5120, 1024)), geometry((5120, 1024))]
+def test_strips_that_were_held_back_come_before_whatever_waits(threads: int) -> None:
+    model = [geometry((5120, 1024)), geometry((300, 300)), geometry((5120, 1024))]
     items = list(items_of(model, WHOLE_STEP, threads))
-    second = places(items, ItemKind.STATS, 1)
-    (finalize,), (measure,) = (
-        places(items, kind, 0) for kind in (ItemKind.FINALIZE, ItemKind.MEASURE)
-    )
+    kinds = (ItemKind.STATS, ItemKind.FINALIZE, ItemKind.UPDATE_RMS, ItemKind.MEASURE)
+    read, finalized, measured, known = (places(items, kind, 2)[-1] for kind in kinds)
     apply = places(items, ItemKind.APPLY, 0)
-    assert sum(place < finalize for place in second) == threads
-    assert sum(place < measure for place in second) == 2 * threads
-    assert sum(place < apply[-1] for place in second) == 2 * threads
+    for begin, end in ((read, finalized), (finalized, measured), (measured, known)):
+        assert sum(begin < place < end for place in apply) == threads
+    assert sum(place < read for place in apply) == len(apply) - 3 * threads
     assert [items[place][2] for place in apply] == list(reversed(range(len(apply))))
+
+
+def test_what_is_read_last_is_applied_first() -> None:
+    """In a wave of several tensors, and after all of them have been read for a common norm."""
+    model = [geometry((300, 1024)) for _ in range(6)]
+    for phases, threads in ((WHOLE_STEP, 16), (JOINED, 2)):
+        items = list(items_of(model, phases, threads))
+        applied = [number for kind, number, _ in items if kind is ItemKind.APPLY]
+        several = len(waves_of(model, threads, everything=True)) > 1
+        assert several == (phases == JOINED)
+        assert applied == sorted(applied, reverse=True)
+
+
+@pytest.mark.parametrize("cut", [CPU_CUT, CPU_CUT_OF_HALVES], ids=["wide", "halves"])
+def test_sums_are_small_beside_what_they_are_of(cut: Cut) -> None:
+    """Two sums of four bytes for each column of a slab, beside its elements."""
+    g = geometry((4096, 14_336), cut=cut)
+    width = 4 if cut is CPU_CUT else 2
+    assert 8 * g.slabs * g.cols < 0.02 * width * g.rows * g.cols
 
 
 def test_lines_of_nothing_are_one_strip() -> None:
@@ -125,6 +164,6 @@ def test_lines_of_nothing_are_one_strip() -> None:
 
 def test_a_cut_says_what_a_strip_is() -> None:
     g = geometry((4096, 4096))
-    assert (g.slabs, g.lines_per_slab) == (16, 256)
-    assert strips_of(g, CPU_CUT) == (8, 32)
-    assert strips_of(g, replace(CPU_CUT, slab_elements=2**30)) == (1, 256)
+    assert (g.slabs, g.lines_per_slab) == (32, 128)
+    assert strips_of(g, CPU_CUT) == (4, 32)
+    assert strips_of(g, replace(CPU_CUT, slab_elements=2**30)) == (1, 128)

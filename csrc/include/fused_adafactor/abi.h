@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 8;
+constexpr int32_t kAbiVersion = 9;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
@@ -132,7 +132,7 @@ struct Tensor {
   int64_t slabs, lines_per_slab;
   int64_t strips, lines_per_strip;  // of a slab: what one kApply takes
   int64_t scratch;            // offset of its sums in the scratch, in bytes
-  int64_t after;              // number of the tensor whose scratch it takes over once that is applied, or -1
+  int64_t wave;               // its number; the sums of a wave take the place of those of the one before the last
   int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
   WholeParameter whole;
   PartialSums partial;
