@@ -79,6 +79,23 @@ def test_bits_do_not_depend_on_the_number_of_threads(dialect: Dialect) -> None:
         assert all(map(stepping.same_bits, results[0], other))
 
 
+def test_the_number_of_threads_may_change_between_steps() -> None:
+    """More threads have larger waves, whose sums need more room."""
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads_of_steps in ((1, 1, 1, 1), (1, 4, 2, 7)):
+            params = stepping.make_params([(600, 300)] * 9)
+            optimizer = HfAdafactor(params, backend="cpp")
+            for step, threads in enumerate(threads_of_steps):
+                torch.set_num_threads(threads)
+                stepping.take_steps(optimizer, 1, start=step)
+            runs.append(params)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(stepping.same_bits, *runs))
+
+
 def test_a_missing_library_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "missing", lambda: "the native library was not built")
     optimizer = HfAdafactor(stepping.make_params(((3, 4),)), backend="cpp")
