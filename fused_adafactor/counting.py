@@ -64,11 +64,11 @@ def next_call(group: Mapping[str, Any], counted: Tensor | None, param: Tensor) -
     return counted.double() + 1.0
 
 
-def number_of(lr: float | Tensor | None, call: Number) -> Number | None:
-    """The lr as a number of float64; a device tensor stays one."""
+def number_of(lr: float | Tensor | None) -> Number | None:
+    """The lr as a number of float64; a device tensor stays one, so that a graph can read it."""
     if not isinstance(lr, Tensor):
         return lr
-    if lr.device.type == "cpu" and not isinstance(call, Tensor):
+    if lr.device.type == "cpu":
         return float(lr)
     return lr.reshape(()).double()
 

@@ -54,8 +54,11 @@ from fused_adafactor.summing import (
     after_update_rms,
     between_updates,
 )
+from fused_adafactor.tables import is_capturing
 
 _PLANS_KEPT = 64
+# Steps that a CUDA graph has the addresses of: it may be replayed as long as the process lives.
+_captured: set[Prepared] = set()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -276,6 +279,8 @@ class Engine:
         for cohort in prepared.cohorts:
             cohort.grad_scale = _grad_scale(cohort, grad_scale)
         course = self._course(prepared)
+        if any(is_capturing(batch.members.device) for batch in course.batches):
+            _captured.add(prepared)
         parts = [(batch, batch.exchange(grads, found_inf)) for batch in course.batches]
         self._calls += 1
         working = [part for part in parts if part[0].executor is not None]

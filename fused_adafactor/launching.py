@@ -47,8 +47,6 @@ from fused_adafactor.traits import Traits, traits_of
 
 LAUNCH_ENVIRONMENT = "FUSED_ADAFACTOR_LAUNCH"
 LAUNCHES = ("persistent", "phases")
-# Executors that a CUDA graph has the addresses of: it may be replayed as long as the process lives.
-_captured: set[Executor] = set()
 # Waves under way, each with a place in the scratch: the one whose second sweep runs, the one whose
 # first sweep does, and one for programs that are ahead of the others.
 _PLACES = 3
@@ -344,7 +342,7 @@ class Executor:
             if not self.are_split:
                 exchange.grad_sq = self.outcomes[:, f.GRAD_SQ].to(self.math_dtype, copy=True)
         elif exchange.wants_param_rms:
-            exchange.param_rms = self.outcomes[:, f.PARAM_RMS].to(self.math_dtype, copy=True)
+            exchange.param_rms = self.outcomes[:, f.PARAM_RMS]
 
     def run_activity(self, activity: Activity, exchange: Exchange) -> None:
         """Run an activity that has no update."""
@@ -444,7 +442,6 @@ class Executor:
             self._send(addresses, idle)
             for kernel, arguments in calls:
                 kernel.start(arguments)
-        self._stay_while_captured()
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
 
@@ -458,11 +455,6 @@ class Executor:
             grad.clone() if traits.aligned and grad.data_ptr() % 16 else grad
             for grad, traits in zip(grads, self.traits, strict=True)
         ]
-
-    def _stay_while_captured(self) -> None:
-        """Keep the tables for good once a graph has been captured that reads them."""
-        if is_capturing(self.device):
-            _captured.add(self)
 
     def arguments(self, launch: Launch, factors: Tensor, skips: Tensor) -> Arguments:
         """What a kernel is called with."""

@@ -34,14 +34,12 @@ def maximum(a: Number, b: Number) -> Number:
 
 
 def _as_tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:
-    like = a if isinstance(a, Tensor) else b
-    assert isinstance(like, Tensor)
+    # torch wants one device: that of the step, of which a function may have made a host tensor.
+    like = min((x for x in (a, b) if isinstance(x, Tensor)), key=lambda x: x.device.type == "cpu")
     first, second = (
         x if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
         for x in (a, b)
     )
-    # torch.minimum wants one device; a 0-d host tensor beside a device tensor is a lr given on the
-    # host.
     return first.to(like.device), second.to(like.device)
 
 

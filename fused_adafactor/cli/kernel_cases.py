@@ -121,6 +121,7 @@ _MORE = (
     *(("torch", "defaults", MODEL, *dtypes) for dtypes in ((F16, F16), (F64, F64))),
     *(("torch", "defaults", MODEL, *dtypes) for dtypes in ((F32, BF16), (BF16, F32))),
     ("adafactor_pytorch", "momentum_of_8_bits", "long_lines", F32, F32),
+    ("keras", "accumulation", "tiny_matrices", F32, F32),
     *(
         ("hf", "momentum_of_8_bits", tensors, F32, F32)
         for tensors in ("ragged_lines", "tiny_matrices")

@@ -97,10 +97,11 @@ def test_gradients_that_move_between_an_eager_step_and_a_replay() -> None:
         assert all(j.isnan().all() for j in junk)
 
 
+@pytest.mark.parametrize("extras", [{}, {"nonfinite": "skip"}], ids=str)
 @pytest.mark.usefixtures("launch")
-def test_a_graph_outlives_a_step_of_other_tensors() -> None:
+def test_a_graph_outlives_a_step_of_other_tensors(extras: dict[str, Any]) -> None:
     """A step that lacks a gradient makes new tables; the graph goes on with those it was given."""
-    graphed, eager = pair_of("hf", F32)
+    graphed, eager = pair_of("hf", F32, **extras)
     buffers = warm_up(graphed, eager, dtype=F32)
     replay = captured(graphed)
     for step in range(2):
@@ -108,7 +109,9 @@ def test_a_graph_outlives_a_step_of_other_tensors() -> None:
             give(optimizer, grads_of(step, F32))
             params_of(optimizer)[0].grad = None
             optimizer.step()
-        junk = [torch.full((2**16,), -1, dtype=torch.int64, device=DEVICE) for _ in range(64)]
+        # Where tables were, and what has one number for each tensor.
+        sizes = [*[2**16] * 64, *range(1, 65)]
+        junk = [torch.full((size,), -1, dtype=torch.int64, device=DEVICE) for size in sizes]
         refill(buffers, grads_of(2 - step, F32))
         give(eager, buffers)
         replay()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_adafactor import layouts, preparing
+from fused_adafactor import engine, layouts, preparing
 from fused_adafactor.backends import cpp
 from tests import stepping
 from tests.dialects import DIALECTS, HF, KERAS, OPTAX, TORCH, VARIANTS, Dialect
@@ -69,6 +69,24 @@ def assert_steps_alike(kept: Any, fresh: Any, change: Change, steps: int = 3) ->
         kept.step()
         fresh.step()
         stepping.assert_same_optimizers(kept, fresh)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_a_graph_has_the_addresses_of_stays(
+    backend: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that was prepared, also when another step has taken its place."""
+    optimizer = build(HF, backend, nonfinite="skip")
+    stepping.take_steps(optimizer, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "is_capturing", lambda device: captured)
+        stepping.take_steps(optimizer, 1)
+    prepared = weakref.ref(optimizer._known.prepared)
+    forget(optimizer)
+    stepping.take_steps(optimizer, 1)
+    gc.collect()
+    assert (prepared() is not None) == captured
+    engine._captured.clear()
 
 
 # --- what a user can do between two steps --------------------------------------------------------

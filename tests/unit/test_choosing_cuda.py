@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adafactor import Adafactor, backends, building, launching
 from fused_adafactor.__main__ import main
@@ -349,6 +350,24 @@ def test_a_device_that_is_lost_is_named_before_anything_is_launched(
     with pytest.raises(RuntimeError, match=r"fused_adafactor_cuda_device\(0\): cudaErrorNoDevice"):
         optimizer.step()
     assert emulated.lie_count() == 0
+
+
+class _NoNewTensors(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.clone), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_steady_step_makes_no_tensor(emulated: ctypes.CDLL) -> None:
+    """Nor for RMS(p), which is written to the state of this dialect."""
+    made = params((7, 5))
+    optimizer = HF(made, backend="cuda")
+    for _ in range(3):
+        optimizer.step()
+    with _NoNewTensors():
+        optimizer.step()
+    assert emulated.lie_count() > 0
+    assert "RMS" in optimizer.state[made[0]]
 
 
 def test_a_first_step_inside_a_capture_is_refused(

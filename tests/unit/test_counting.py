@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_adafactor.counting import Cells, Clock
+from fused_adafactor.counting import Cells, Clock, number_of
 
 # float16 is in no cell that is read in memory, so torch is asked, as for tensors of a device.
 DTYPES = [torch.float32, torch.float64, torch.float16]
@@ -49,3 +49,11 @@ def test_a_clock_of_a_device_has_one_value_for_each_counter() -> None:
     assert call.tolist() == [4.0, 5.0, 5.0]
     assert Clock(counters, on_host=True).next_call() is None  # they have parted
     assert Clock(counters[1:], on_host=True).next_call() == 5.0
+
+
+def test_a_learning_rate_of_the_host_is_a_number_and_one_of_a_device_a_tensor() -> None:
+    """A graph that has captured a copy of a host tensor reads it when that is long gone."""
+    assert number_of(torch.tensor([0.5])) == 0.5
+    lr = number_of(torch.ones((1,), device="meta"))
+    assert isinstance(lr, Tensor)
+    assert (lr.device.type, lr.dtype, lr.shape) == ("meta", torch.float64, ())

@@ -13,6 +13,8 @@ from fused_adafactor.schedule import (
     PowerDecay,
     Schedule,
     StepSize,
+    maximum,
+    minimum,
 )
 
 SCHEDULES: dict[str, Schedule] = {
@@ -31,6 +33,14 @@ def test_a_tensor_t_gives_the_numbers_of_a_float_t(name: str) -> None:
     for t in (1, 2, 3, 7, 1000, 10**6):
         on_device = schedule(torch.tensor(float(t), dtype=torch.float64))
         assert float(on_device) == pytest.approx(float(schedule(float(t))), rel=1e-15, abs=1e-300)
+
+
+@pytest.mark.parametrize("smaller", [True, False])
+def test_a_number_of_the_host_goes_to_the_device_and_not_the_other_way(smaller: bool) -> None:
+    """A tensor without values cannot be copied to the host, as one of a device must not be."""
+    host, device = torch.ones(()), torch.ones((), device="meta")
+    for pair in ((host, device), (device, host), (2.0, device), (device, 2.0)):
+        assert (minimum if smaller else maximum)(*pair).device.type == "meta"
 
 
 def test_power_decay_forgets_everything_at_the_first_step() -> None:

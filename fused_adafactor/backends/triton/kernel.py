@@ -208,6 +208,7 @@ def step(
     if V.WAITS:
         ticket = begin + tl.atomic_add(counters + f.NEXT_TICKET, 1, sem="relaxed")
         while ticket < end:
+            tl.debug_barrier()  # all have the ticket before what it lay in is written again
             run_ticket(
                 ticket, tickets, items, table, grads, numbers, integers, factors, skips, scratch,
                 outcomes, counters, V,

@@ -187,6 +187,10 @@ def apply_flat(
             row, rule, integers, grad, factor, g, first, k, mask, TINY, V
         )
         base = tl.zeros((1,), tl.int64) + first
+        if TINY and V.ACCUMULATES:
+            # A matrix lies across warps, and every one of them reads all that it has accumulated,
+            # which is set to zero next.
+            tl.debug_barrier()
         _apply(row, rule, integers, outcome, g, inverse_v, base, k, mask, TILE, TINY, V)
         if TINY:
             write_tiny_factors(row, var, col_var, k, mask, V)
