@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from bench.targets import Row, as_table, row_of
-from fused_adafactor import building
-from fused_adafactor.backends import cuda
+from fused_adafactor import building, native
+from fused_adafactor.backends import cpp, cuda
 from fused_adafactor.cli.bench.cases import CASES, GPU_CASES, choose
 from fused_adafactor.cli.bench.record import read
 
@@ -172,7 +172,30 @@ def info(run: Run) -> tuple[str, str]:
 
 
 def build(run: Run) -> tuple[str, str]:
-    """The CUDA library for this device, into the folder; where there is no nvcc, what there is."""
+    """Both libraries, side by side: CUDA's for this device, and C++'s for what it offloads."""
+    with ThreadPoolExecutor(1) as threads:
+        of_cpp = threads.submit(_build_cpp, run)
+        status, note = _build_cuda(run)
+    return status, note + of_cpp.result()
+
+
+def _build_cpp(run: Run) -> str:
+    """Into the folder, if there is none; what to say where there is none then."""
+    if cpp.missing() is None:
+        return ""
+    cache = run.out / "library-cpp"
+    env = {building.CACHE_ENVIRONMENT: str(cache)}
+    command = ["fused_adafactor", "build", "--backend", "cpp"]
+    status, note = status_of(run.process("build-cpp", command, run.limit(0.3), env))
+    if status != "passed":
+        return f"; not for C++ ({note}), so CPUOffload is not tested"
+    (library,) = cache.rglob(building.LIBRARIES["cpp"])
+    run.env[native.LIBRARY_ENVIRONMENT] = str(library)
+    return "; for C++"
+
+
+def _build_cuda(run: Run) -> tuple[str, str]:
+    """Into the folder; where there is no nvcc, what there is."""
     if "cuda" not in run.backends:
         return "skipped", "nothing here needs the CUDA library"
     if os.environ.get(cuda.LIBRARY_ENVIRONMENT):
@@ -286,6 +309,14 @@ def sanitizer(run: Run) -> tuple[str, str]:
     return worst, "; ".join(notes)
 
 
+def _sanitizer_path() -> str | None:
+    """On PATH, or beside nvcc."""
+    nvcc = building.nvcc_path()
+    beside = [str(nvcc.parent)] if nvcc is not None else []
+    path = os.pathsep.join([os.environ.get("PATH", ""), *beside])
+    return shutil.which("compute-sanitizer", path=path)
+
+
 def _sanitize(run: Run, backend: str) -> tuple[str, str]:
     part = f"sanitizer-{backend}"
     env = {
@@ -295,12 +326,12 @@ def _sanitize(run: Run, backend: str) -> tuple[str, str]:
     }
     script = [sys.executable, "-m", "tests.gpu.few_steps"]
     # First by itself: that compiles, which the tool would only slow down.
-    status, note = status_of(run.command(part, script, run.limit(0.08), env))
-    tool = shutil.which("compute-sanitizer")
+    status, note = status_of(run.command(part, script, run.limit(0.2), env))
+    tool = _sanitizer_path()
     if status == "failed":
         return status, f"without the tool: {note}"
     if tool is None:
-        return "skipped", "compute-sanitizer is not on PATH; the steps alone ran"
+        return "skipped", "there is no compute-sanitizer; the steps alone ran"
     # Each tensor in memory of its own, so that what lies next to it is out of bounds.
     env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     notes = []
@@ -375,7 +406,7 @@ def compiled(run: Run) -> tuple[str, str]:
 
 PARTS: dict[str, Callable[[Run], tuple[str, str]]] = {
     part.__name__: part
-    for part in (build, info, correctness, sanitizer, device, targets, everyday, compiled)
+    for part in (build, info, correctness, device, targets, sanitizer, everyday, compiled)
 }
 
 
@@ -445,7 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="only this one, repeatable, in all of the time",
     )
     parser.add_argument("--seconds", type=float, default=570.0, help="for everything")
-    parser.add_argument("--shards", type=int, default=4, help="processes that share the tests")
+    parser.add_argument(
+        "--shards", type=int, help="processes that share the tests of a backend; default: all cores"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton")
     parser.add_argument(
@@ -461,9 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = args.part is None
     on_gpu = torch.device(args.device).type == "cuda"
     against = args.against if on_gpu and args.against not in (args.backend, "none") else None
-    run = Run(
-        args.device, args.backend, against, out, args.seconds, args.shards, args.dry_run, whole
-    )
+    # Compiling kernels is what the tests take their time for, and keeps a core busy.
+    shards = args.shards or max(1, (os.cpu_count() or 1) // (1 if against is None else 2))
+    run = Run(args.device, args.backend, against, out, args.seconds, shards, args.dry_run, whole)
     chosen = ["build", *args.part] if args.part else list(PARTS)
     for name in chosen:
         for old in (*out.glob(f"{name}-{run.slug}.*"), *out.glob(f"{name}-*-{run.slug}.*")):

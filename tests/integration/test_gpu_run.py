@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bench import gpu, targets
-from fused_adafactor import building
-from fused_adafactor.backends import cuda
+from fused_adafactor import building, native
+from fused_adafactor.backends import cpp, cuda
 from fused_adafactor.cli.bench.cases import GPU_CASES
 from fused_adafactor.cli.bench.device_time import DeviceTime
 from fused_adafactor.cli.bench.measure import StepTime
@@ -293,6 +293,43 @@ def test_the_library_is_built_for_the_device_where_it_can_be(
         assert library.exists()
     else:
         assert not run.env
+
+
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [
+        (0, "nothing here needs the CUDA library; for C++"),
+        (
+            3,
+            "nothing here needs the CUDA library; not for C++ (exit status 1), so CPUOffload is "
+            "not tested",
+        ),
+    ],
+)
+def test_the_library_of_the_host_is_built_where_there_is_none(
+    compiler: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cxx = tmp_path / "cxx"
+    cxx.write_text(NVCC.format(status=compiler))
+    cxx.chmod(0o755)
+    monkeypatch.setenv(building.COMPILER_ENVIRONMENT, str(cxx))
+    monkeypatch.setattr(cpp, "missing", lambda: "it was not built")
+    run = new_run(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    assert gpu.build(run) == ("skipped", expected)
+    named = run.env.get(native.LIBRARY_ENVIRONMENT)
+    assert (named is not None and Path(named).exists()) == (compiler == 0)
+
+
+def test_the_sanitizer_is_found_beside_nvcc(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(building, "nvcc_path", lambda: tmp_path / "nvcc")
+    assert gpu._sanitizer_path() is None
+    tool = tmp_path / "compute-sanitizer"
+    tool.touch(0o755)
+    assert gpu._sanitizer_path() == str(tool)
 
 
 def test_tests_that_had_no_time_are_a_failure() -> None:
