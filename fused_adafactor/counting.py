@@ -64,11 +64,12 @@ def next_call(group: Mapping[str, Any], counted: Tensor | None, param: Tensor) -
     return counted.double() + 1.0
 
 
-def number_of(lr: float | Tensor | None) -> Number | None:
-    """The lr as a number of float64; a device tensor stays one, so that a graph can read it."""
+def number_of(lr: float | Tensor | None, call: Number) -> Number | None:
+    """The lr in float64: a number, or a tensor where it lies with that of the call, or on a device."""
     if not isinstance(lr, Tensor):
         return lr
-    if lr.device.type == "cpu":
+    together = isinstance(call, Tensor) and call.device == lr.device
+    if lr.device.type == "cpu" and not together:
         return float(lr)
     return lr.reshape(()).double()
 

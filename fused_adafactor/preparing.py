@@ -348,7 +348,7 @@ class PreparingOptimizer(CheckpointedOptimizer):
             rule, key = cohort.rule, (number, id(cohort.rule), call)
             if key not in evaluated:
                 t, updates = rule.update_of(call)
-                evaluated[key] = rule.scalars(t, number_of(lrs[number])), updates
+                evaluated[key] = rule.scalars(t, number_of(lrs[number], call)), updates
             cohort.scalars, updates = evaluated[key]
             if cohort.has_grad:
                 cohort.activity = Activity.UPDATE if updates else Activity.ACCUMULATE

@@ -53,7 +53,9 @@ def test_a_clock_of_a_device_has_one_value_for_each_counter() -> None:
 
 def test_a_learning_rate_of_the_host_is_a_number_and_one_of_a_device_a_tensor() -> None:
     """A graph that has captured a copy of a host tensor reads it when that is long gone."""
-    assert number_of(torch.tensor([0.5])) == 0.5
-    lr = number_of(torch.ones((1,), device="meta"))
+    call = torch.ones((), device="meta")
+    for number in (1.0, call):
+        assert type(number_of(torch.tensor([0.5]), number)) is float
+    lr = number_of(torch.ones((1,), device="meta"), call)
     assert isinstance(lr, Tensor)
     assert (lr.device.type, lr.dtype, lr.shape) == ("meta", torch.float64, ())
