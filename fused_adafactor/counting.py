@@ -65,7 +65,7 @@ def next_call(group: Mapping[str, Any], counted: Tensor | None, param: Tensor) -
 
 
 def number_of(lr: float | Tensor | None, call: Number) -> Number | None:
-    """The lr in float64: a number, or a tensor where it lies with that of the call, or on a device."""
+    """The lr in float64: a number, or a tensor where it lies on a device or beside the call's."""
     if not isinstance(lr, Tensor):
         return lr
     together = isinstance(call, Tensor) and call.device == lr.device
