@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fused_adafactor import building
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 LIBRARY_ENVIRONMENT = "FUSED_ADAFACTOR_LIBRARY"  # another build, as that of `make test-asan`
 
 

@@ -66,10 +66,9 @@ inline bool writes_plainly(const Tensor& t, const Rule& r) {
   return lies_plainly(t) && !r.overwrite_with_average && (!draws || t.logical[last] == 1);
 }
 
-// Whether nothing is written but the parameter and its second moments, and that without random bits.
-inline bool writes_param_alone(const Tensor& t, const Rule& r) {
-  return r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr && t.mirror == nullptr &&
-         !rounds_stochastically(t, r);
+// Whether nothing is stored but the parameter, perhaps its mirror, and second moments, and the first without random bits.
+inline bool stores_param_alone(const Tensor& t, const Rule& r) {
+  return r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr && !rounds_stochastically(t, r);
 }
 
 // Whether apply_line does the whole of it for a matrix, and apply_vector for an unfactored tensor.
@@ -78,6 +77,20 @@ inline bool applies_plainly(const Tensor& t, const Rule& r) {
   if (t.exp_avg_scale != nullptr && !one_line_at_a_time(t)) return false;
   const bool bare = r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr;
   return t.form != kUnfactored || (bare && reads_plainly(t, r));
+}
+
+// Whether a strip is summed up as it is read and written, see expected.h: what a step does can be told from its gradient
+// and its parameter alone, and made good by another step.
+inline bool sums_param(const Tensor& t, const Rule& r) {
+  return t.expected.written != nullptr && t.form == kFactored && t.cols > kNarrow && !t.whole.is_split &&
+         t.measures_param_rms && t.accumulator == nullptr && r.decay_factor != kDecayAlpha && reads_plainly(t, r) &&
+         applies_plainly(t, r) && stores_param_alone(t, r);
+}
+
+// What an update is divided by.
+inline double clip_of(const Tensor& t, const Rule& r) {
+  const double ratio = r.clip_threshold < 0 ? 1.0 : t.update_rms / r.clip_threshold;
+  return ratio < 1.0 ? 1.0 : ratio;  // so written that NaN stays
 }
 
 inline ApplyRule apply_rule(const Tensor& t, const Rule& r, double clip) {
@@ -111,8 +124,8 @@ inline Draws draws_at(const Tensor& t, const Rule& r, int64_t k) {
   return {true, random_key(t, r, kParamStream), uint64_t(t.whole.first_element + offset_of(t, t.logical, k))};
 }
 
-// Calls f(k, n) for elements k .. k + n: all of them at once, or chunk by chunk where there is a mirror to be written
-// from the core's cache.
+// Calls f(k, n) for elements k .. k + n: all of them at once, or chunk by chunk where there is a mirror, which is then
+// written from the core's cache.
 template <class F>
 void for_each_part(const Tensor& t, const Rule& r, int64_t k, int64_t n, F f) {
   if (t.mirror == nullptr) return f(k, n);
@@ -171,6 +184,28 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
       });
     }
   });
+}
+
+// A strip of a tensor whose sums_param. Another than was expected is noted.
+inline void apply_and_square(Tensor& t, const Rule& r, const ApplyRule& rule, const Matrix<float>& m, Lines lines,
+                             int64_t strip) {
+  double read = 0, written = 0;
+  by_dtypes(t, [&](auto* param, auto* grad) {
+    by_extras(extras_of(t, r), [&](auto extras) {
+      constexpr Extras kExtras = decltype(extras)::value;
+      if constexpr (kExtras != kAllExtras) {
+        for (int64_t line = lines.begin; line < lines.end; ++line) {
+          const Roots roots{m.factor, m.line_factor(line), most_root<float>(r)};
+          const int64_t k = line * t.cols;
+          apply_and_square_line<kExtras>(rule, line_at(t, param, grad, k, false), roots, t.cols, &read, &written);
+          if (t.mirror != nullptr) for_each_part(t, r, k, t.cols, [](int64_t, int64_t) {});
+        }
+      }
+    });
+  });
+  if (!(read == t.expected.written[strip])) __atomic_store_n(&t.expected.surprised, 1, __ATOMIC_RELAXED);
+  t.expected.read[strip] = read;
+  t.expected.written[strip] = written;
 }
 
 inline void apply_plain_vector(const Tensor& t, const Rule& r, Lines elements, double clip) {
@@ -265,11 +300,17 @@ template <class M>
 void apply_in(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuffers& buffers) {
   if (t.skip) return;
   const Lines lines = strip_of(t, strip);
-  const double ratio = r.clip_threshold < 0 ? 1.0 : t.update_rms / r.clip_threshold;
-  const double clip = ratio < 1.0 ? 1.0 : ratio;  // so written that NaN stays
+  const double clip = clip_of(t, r);
   if (t.form == kFactored) {
     const Matrix<M> m = Sums<M>(t, scratch).matrix(t, matrix_of(t, strip / t.strips));
-    t.numel == 0 ? write_factors(t, m, lines) : apply_matrix(t, r, m, lines, clip, buffers);
+    if (t.numel == 0) return write_factors(t, m, lines);
+    if constexpr (sizeof(M) == sizeof(float)) {
+      if (sums_param(t, r)) {
+        apply_and_square(t, r, apply_rule(t, r, clip), m, lines, strip);
+        return write_factors(t, m, lines);
+      }
+    }
+    apply_matrix(t, r, m, lines, clip, buffers);
   } else if (t.form == kSmall) {
     LineSums<M> ignored{};
     for_each_small(t, r, lines, ignored, buffers, false, [&](const Matrix<M>& m, double) {
@@ -277,7 +318,7 @@ void apply_in(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuff
     });
   } else if (t.form == kUnfactored && applies_plainly(t, r)) {
     apply_plain_vector(t, r, elements_of(t, lines), clip);
-  } else if (lies_flat(t, r) && writes_param_alone(t, r)) {
+  } else if (lies_flat(t, r) && stores_param_alone(t, r) && t.mirror == nullptr) {
     const ApplyRule rule = apply_rule(t, r, clip);
     apply_flat_elements(t, r, flat_elements(t, lines), rule.decay, rule.step);
     Chunk<M> c(buffers);

@@ -7,6 +7,7 @@
 // is final as soon as the line has been read; the two-sweep identity (docs/rule.md) rests on that.
 
 #include "apply.h"
+#include "expected.h"
 #include "kernels.h"
 #include "statistics.h"
 
@@ -44,7 +45,8 @@ void average(Tensor& t, const Rule& r, int64_t slab, ThreadBuffers& b) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {stats, merge, finalize, update_rms, measure, share, settle, apply, accumulate, average};
+const Kernels kernels = {expect, stats, merge, finalize, update_rms, measure, share, settle, apply, confirm, accumulate,
+                         average};
 
 }  // namespace FA_ISA
 }  // namespace fused_adafactor

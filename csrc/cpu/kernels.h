@@ -30,6 +30,7 @@ inline int64_t block_lines(const Tensor& t) {
 }
 
 struct Kernels {
+  void (*expect)(Tensor&, const Rule&);  // before the first sweep
   void (*stats)(Tensor&, const Rule&, int64_t slab, void* scratch, ThreadBuffers&);
   void (*merge)(Tensor&, int64_t part, void* scratch);
   void (*finalize)(Tensor&, const Rule&, void* scratch);
@@ -38,6 +39,7 @@ struct Kernels {
   void (*share)(Tensor&, const Rule&, void* scratch, ThreadBuffers&);
   void (*settle)(Tensor&);
   void (*apply)(Tensor&, const Rule&, int64_t strip, void* scratch, ThreadBuffers&);
+  void (*confirm)(Tensor&, const Rule&, void* scratch);  // after the last strip
   void (*accumulate)(Tensor&, const Rule&, int64_t slab, ThreadBuffers&);
   void (*average)(Tensor&, const Rule&, int64_t slab, ThreadBuffers&);
 };

@@ -169,6 +169,17 @@ struct LineSums {
   bool raw;            // gradients are clipped by a norm that is not known yet
   bool with_param;
   double grad_sq, param_sq;
+  double param_sq_of_strip;  // where plain lines are read; not in param_sq yet
+
+  // Strip by strip, as what apply writes is summed up.
+  void add_param(double line_sq, bool begins_strip) {
+    if (begins_strip) close_strip();
+    param_sq_of_strip += line_sq;
+  }
+  void close_strip() {
+    param_sq += param_sq_of_strip;
+    param_sq_of_strip = 0;
+  }
 };
 
 // The sums of g² of some lines become their second moments, unless it is too early for that; returns them inverted.
@@ -200,7 +211,9 @@ void add_plain_block(const Tensor& t, const Rule& r, P* param, const G* grad, in
   set_lines(t, r, s, number, L, of_line, inverse);
   add_lines<L, kExtras>(lines, following, inverse, rule, moment_rule(r), t.cols, s.across,
                         s.raw ? nullptr : s.weighted);
-  for (int l = 0; kWithParam && l < L; ++l) s.param_sq += square_param(lines[l].param, t.cols);
+  for (int l = 0; kWithParam && l < L; ++l) {
+    s.add_param(square_param(lines[l].param, t.cols), begins_strip(t, number + l));
+  }
 }
 
 template <Extras kExtras, bool kWithParam, class P, class G>
@@ -218,6 +231,7 @@ void add_plain_lines(const Tensor& t, const Rule& r, P* param, const G* grad, Li
   for (; line < lines.end; ++line) {
     add_plain_block<1, kExtras, kWithParam>(t, r, param, grad, line, s, sums + line, buffer);
   }
+  s.close_strip();
 }
 
 // Any rule and layout: lines are converted, chunk by chunk, into a block.

@@ -155,12 +155,33 @@ void add_lines(const Line<P, G>* lines, const G* const* following, const float* 
   });
 }
 
+// Σ x² of a line, with the same bits in whichever loop the line comes by.
+struct SquaresOfLine {
+  double total = 0;
+  Floats sums[4] = {};
+
+  template <int kNumber>
+  FA_INLINE void add(Floats x, Known<kNumber>) {
+    sums[kNumber] = fused(x, x, sums[kNumber]);
+  }
+  FA_INLINE void flush() {
+    total += double(sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    for (Floats& sum : sums) sum = Floats{};
+  }
+};
+
 // Σ p² of a line.
 template <class P>
 double square_param(const P* param, int64_t n) {
-  double total = 0;
-  for (int64_t j = 0; j < n; j += kFlush) total += double(sum_of_squares(param + j, least(kFlush, n - j)));
-  return total;
+  SquaresOfLine squares;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    for_each_vector_in_turn(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes, auto number) {
+      if (number.value * kLanes * sizeof(P) % 64 == 0) ask_for_later(param + j, kAheadOfSquares);
+      squares.add(load(param + j, lanes), number);
+    });
+    squares.flush();
+  }
+  return squares.total;
 }
 
 // Σ u² of L lines under the clamp; where it corrects, less what the identity has counted for it.
@@ -304,18 +325,49 @@ void deltas_of_blocks(ApplyRule r, Line<P, G> line, Blocks blocks, Roots roots, 
   });
 }
 
+// What a vector of the parameter was, and is.
+struct Param {
+  Floats read, written;
+};
+
+// p = decay p - delta where nothing else is stored.
+template <Extras kExtras, class P, class G, class Lanes>
+FA_INLINE Param apply_alone(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t j, Lanes lanes) {
+  ask_for(line.grad + j, kAheadOfLine);
+  ask_for(line.param + j, kAheadOfLine);
+  const Floats delta = delta_of<kExtras>(r, line, roots, j, lanes), p = load(line.param + j, lanes);
+  return {p, store_rounded(line.param, fused(p, Floats{} + r.decay, -delta), nullptr, j, lanes)};
+}
+
+// The same of a line, with Σ p² of it before and after.
+template <Extras kExtras, class P, class G>
+void apply_and_square_line(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t n, double* read,
+                           double* written) {
+  SquaresOfLine before, after;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    for_each_vector_in_turn(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes, auto number) {
+      const Param p = apply_alone<kExtras>(r, line, roots, j, lanes);
+      before.add(p.read, number);
+      after.add(kept(p.written, lanes), number);
+    });
+    before.flush(), after.flush();
+  }
+  *read += before.total;
+  *written += after.total;
+}
+
 // p = decay p - delta for a run of elements, with all that is stored beside it.
 template <Extras kExtras, class P, class G>
 void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, Draws draws, int64_t n) {
   for_each_drawn(draws, n, [&](int64_t j, auto lanes, const uint16_t* random) {
-    ask_for(line.grad + j, kAheadOfLine);
-    ask_for(line.param + j, kAheadOfLine);
-    const bool known = kExtras == kAllExtras && to.delta != nullptr;
-    const Floats delta = known ? load(to.delta + j, lanes) : delta_of<kExtras>(r, line, roots, j, lanes);
-    Floats p = load(line.param + j, lanes);
     if constexpr (kExtras != kAllExtras) {
-      store(line.param + j, fused(p, Floats{} + r.decay, -delta), lanes);
+      apply_alone<kExtras>(r, line, roots, j, lanes);
     } else {
+      ask_for(line.grad + j, kAheadOfLine);
+      ask_for(line.param + j, kAheadOfLine);
+      const Floats delta =
+          to.delta != nullptr ? load(to.delta + j, lanes) : delta_of<kExtras>(r, line, roots, j, lanes);
+      Floats p = load(line.param + j, lanes);
       if (to.compensation != nullptr) p += load(to.compensation + j, lanes);
       const Floats value = fused(p, Floats{} + r.decay, -delta);
       const Floats stored = store_rounded(line.param, value, random, j, lanes);

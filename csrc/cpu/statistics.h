@@ -19,7 +19,7 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
   const Lines lines = lines_of(t, slab);
   if (t.form == kFactored || t.form == kSmall) {
     LineSums<M> s{};
-    s.with_param = t.measures_param_rms;
+    s.with_param = t.measures_param_rms && !t.expected.trusted;
     s.raw = lines_are_raw(t, r);
     if (t.form == kSmall) {
       for_each_small(t, r, lines, s, buffers, true, [&](const Matrix<M>&, double part) { sum[2] += part; });
@@ -32,7 +32,7 @@ void stats_in(Tensor& t, const Rule& r, int64_t slab, void* scratch, ThreadBuffe
       add_lines_of(t, r, lines, s, buffers);
     }
     sum[0] = s.grad_sq;
-    sum[1] = s.param_sq;
+    sum[1] = t.expected.trusted ? sum_of_strips(t, t.expected.written, slab) : s.param_sq;
     return;
   }
   if (t.form == kUnfactored && reads_plainly(t, r)) {

@@ -47,7 +47,7 @@ int32_t chosen_isa = best_isa();
 // Items of this call that are left to do of a tensor.
 struct Progress {
   std::atomic<int32_t> stats_left{0}, merges_left{0}, finalize_left{0};
-  std::atomic<int32_t> update_rms_left{0}, measure_left{0};
+  std::atomic<int32_t> update_rms_left{0}, measure_left{0}, strips_left{0};
 };
 
 inline void wait_for(const std::atomic<int32_t>& left) {
@@ -145,12 +145,17 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
   for (int64_t i = 0; i < count; ++i) {
     const Item& item = items[i];
     Progress& p = progress[item.tensor];
-    if (item.kind == kStats) p.stats_left.fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kStats && p.stats_left.fetch_add(1, std::memory_order_relaxed) == 0) {
+      kernels.expect(tensors[item.tensor], rules[tensors[item.tensor].rule]);
+    }
     if (item.kind == kMerge) p.merges_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kFinalize) p.finalize_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kMeasure || item.kind == kSettle) p.measure_left.fetch_add(1, std::memory_order_relaxed);
     if (item.kind == kUpdateRms) p.update_rms_left.fetch_add(1, std::memory_order_relaxed);
-    if (item.kind == kApply) apply_left[tensors[item.tensor].wave].fetch_add(1, std::memory_order_relaxed);
+    if (item.kind == kApply) {
+      p.strips_left.fetch_add(1, std::memory_order_relaxed);
+      apply_left[tensors[item.tensor].wave].fetch_add(1, std::memory_order_relaxed);
+    }
     only_sums = only_sums && item.kind == kStats;
     needs.add(tensors[item.tensor], item.kind == kWhole);
   }
@@ -211,6 +216,7 @@ extern "C" int32_t fused_adafactor_run(const Item* items, int64_t count, Tensor*
         case kApply:
           wait_for(p.measure_left);
           kernels.apply(t, r, item.slab, scratch, buffers);
+          if (p.strips_left.fetch_sub(1, std::memory_order_acq_rel) == 1) kernels.confirm(t, r, scratch);
           apply_left[t.wave].fetch_sub(1, std::memory_order_acq_rel);
           break;
         case kAccumulate:

@@ -44,6 +44,19 @@ inline Lines strip_of(const Tensor& t, int64_t strip) {
   return {least(begin, slab.end), least(begin + t.lines_per_strip, slab.end)};
 }
 
+// Whether a line is the first of a strip.
+inline bool begins_strip(const Tensor& t, int64_t line) {
+  const int64_t in_slab = t.lines_per_slab >= t.rows ? line % t.lines_per_slab : line % t.rows % t.lines_per_slab;
+  return in_slab % t.lines_per_strip == 0;
+}
+
+// Σ p² of a slab, from its strips.
+inline double sum_of_strips(const Tensor& t, const double* strips, int64_t slab) {
+  double sum = 0;
+  for (int64_t i = slab * t.strips; i < (slab + 1) * t.strips; ++i) sum += strips[i];
+  return sum;
+}
+
 // The matrix of a slab of kFactored, which holds lines of one only.
 inline int64_t matrix_of(const Tensor& t, int64_t slab) { return slab / slabs_per_matrix(t); }
 

@@ -67,11 +67,6 @@ FA_INLINE Floats pick(const Floats* vectors) {
 }
 
 // Calls f with each number below kCount, which it knows when it is compiled.
-template <int kNumber>
-struct Known {
-  static constexpr int value = kNumber;
-};
-
 template <int kCount, class F>
 FA_INLINE void for_each_known(F f) {
   if constexpr (kCount > 0) {

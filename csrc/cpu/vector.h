@@ -179,6 +179,25 @@ void for_each_vector(int64_t begin, int64_t end, F f) {
   if (j < end) f(j, SomeLanes{end - j});
 }
 
+// A number that is known when this is compiled.
+template <int kNumber>
+struct Known {
+  static constexpr int value = kNumber;
+};
+
+// Calls f(j, lanes, number) likewise, with the numbers 0 to 3 in turn, of as many sums that do not wait for each other.
+template <class F>
+FA_INLINE void for_each_vector_in_turn(int64_t begin, int64_t end, F f) {
+  int64_t j = begin;
+  for (; j + 4 * kLanes <= end; j += 4 * kLanes) {
+    f(j, AllLanes{}, Known<0>{});
+    f(j + kLanes, AllLanes{}, Known<1>{});
+    f(j + 2 * kLanes, AllLanes{}, Known<2>{});
+    f(j + 3 * kLanes, AllLanes{}, Known<3>{});
+  }
+  for_each_vector(j, end, [&](int64_t here, auto lanes) { f(here, lanes, Known<0>{}); });
+}
+
 template <class T>
 Floats load(const T* from, AllLanes) {
   return load(from);

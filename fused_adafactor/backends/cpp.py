@@ -41,6 +41,7 @@ from fused_adafactor.slabs import (
     ItemKind,
     Wave,
     geometry_of,
+    is_whole,
     items_between_sums,
     items_of,
     strips_of,
@@ -83,6 +84,13 @@ class _PartialSums(ctypes.Structure):
     ]
 
 
+class _ExpectedSums(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("written", "read")),
+        *((name, ctypes.c_int32) for name in ("known", "confirmed", "trusted", "surprised")),
+    ]
+
+
 class _WholeParameter(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("numel", "rows", "cols", "first_row", "first_col")),
@@ -114,6 +122,7 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("measures", "measures_param_rms")),
         ("whole", _WholeParameter),
         ("partial", _PartialSums),
+        ("expected", _ExpectedSums),
         *((name, ctypes.c_int32) for name in ("says_update_sq", "pad_sums")),
         *((name, ctypes.c_double) for name in ("grad_sq", "param_rms", "alpha", "update_rms")),
         ("update_sq", ctypes.c_double),
@@ -243,8 +252,32 @@ class _Executor:
             _scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)
         ]
         self.in_one_go = len(segments) == 1
+        self._expect_sums()
         self.threads = torch.get_num_threads()
         self._divide_scratch()
+
+    def _expect_sums(self) -> None:
+        """Give large matrices room for ``ExpectedSums``, and remember when torch saw them written.
+
+        One that is stepped in one item is read from memory once anyway. What torch has written is
+        read; of what torch does not know, such as a change of ``p.data``, the library finds out.
+        """
+        self.expecting = [
+            number
+            for number, geometry in enumerate(self.geometries)
+            if self.tensors[number].measures_param_rms
+            and geometry.form is Form.FACTORED
+            and not is_whole(geometry, CPU_CUT)
+            and not self.params[number].is_inference()  # it has no version
+        ]
+        self.versions = [-1] * len(self.expecting)
+        strips = [self.tensors[n].slabs * self.tensors[n].strips for n in self.expecting]
+        self.expected_sums = (ctypes.c_double * (2 * sum(strips)))()
+        at = ctypes.addressof(self.expected_sums)
+        for number, count in zip(self.expecting, strips, strict=True):
+            expected = self.tensors[number].expected
+            expected.written, expected.read = at, at + 8 * count
+            at += 16 * count
 
     def _divide_scratch(self) -> None:
         """Two places for the sums of all waves of these threads, as only two of them are under way.
@@ -319,6 +352,9 @@ class _Executor:
         self, items: ctypes.Array[_Item], exchange: Exchange, reports: bool, idle: bool = False
     ) -> None:
         """Hand items to the library; ``idle`` where the tensors have no gradients."""
+        for number, version in zip(self.expecting, self.versions, strict=True):
+            if self.params[number]._version != version:
+                self.tensors[number].expected.known = 0
         self._send_numbers(idle)
         grads = self._laid_out(exchange.grads)
         pointers = list(map(Tensor.data_ptr, grads)) or [0] * len(self.params)
@@ -343,6 +379,7 @@ class _Executor:
         )
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
+        self.versions = [self.params[number]._version for number in self.expecting]
 
     def _send_numbers(self, idle: bool) -> None:
         """Fill in the rules' numbers of this step."""

@@ -10,7 +10,7 @@
 
 namespace fused_adafactor {
 
-constexpr int32_t kAbiVersion = 9;
+constexpr int32_t kAbiVersion = 10;
 constexpr int32_t kMaxDims = 8;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBlocks = 4 };  // kBlocks: blocks.h
@@ -82,6 +82,18 @@ struct PartialSums {
   void* weighted;     // [batch, cols]  Σ num² / line
 };
 
+// Σ p² of the strips of a tensor as the last step wrote them: nobody has to read p to know RMS(p) while it is as it was
+// left. Python tells of what torch knows to have been written; for the rest, kApply sums up what it reads too. See
+// expected.h.
+struct ExpectedSums {
+  double* written;    // [slabs * strips]  by the last step; null where p is read in every step
+  double* read;       // [slabs * strips]  of this step, before it was written
+  int32_t known;      // `written` is what must be there, as far as Python can tell
+  int32_t confirmed;  // steps in a row in which it was
+  int32_t trusted;    // of the step: p is not read in the first sweep
+  int32_t surprised;  // of the step: something else was there
+};
+
 // The parameter that a tensor is a part of, or is itself. Lines are those of the tensor.
 struct WholeParameter {
   int64_t numel, rows, cols;
@@ -136,6 +148,7 @@ struct Tensor {
   int32_t measures, measures_param_rms;  // RMS(u), RMS(p) are wanted
   WholeParameter whole;
   PartialSums partial;
+  ExpectedSums expected;
   int32_t says_update_sq, pad_sums;  // what follows from sums over all rows is said by one process
   // Written by the library.
   double grad_sq, param_rms, alpha, update_rms;
