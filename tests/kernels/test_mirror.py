@@ -14,7 +14,7 @@ from fused_adafactor.backends import cpp
 from fused_adafactor.rounding import RoundingKey, round_nearest, round_stochastic
 from fused_adafactor.spec import TensorId, spec_of
 from tests import stepping
-from tests.dialects import HF, KERAS, OPTAX, Dialect
+from tests.dialects import HF, KERAS, OPTAX, TORCH, Dialect
 from tests.kernels.biting import EVERY_RULE, EVERY_SHAPE, RULES, draw
 from tests.kernels.judged import BF16, F16, F32, F64, params_in
 from tests.stepping import LAYOUTS, params_of, same_bits
@@ -230,6 +230,18 @@ def test_any_number_of_threads(rule: str, backend: str) -> None:
             pair.check()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mirror_dtype", [BF16, F32], ids=str)
+def test_a_step_that_is_made_good_is_mirrored(mirror_dtype: torch.dtype, backend: str) -> None:
+    """Long enough that RMS(p) is known without a read of p, which is then written unseen."""
+    pair = mirrored(TORCH, params_in(SLABBED, F32), backend, mirror_dtype)
+    for step in range(6):
+        if step == 5:
+            for p in pair.params:
+                p.data[:2] *= 100
+        pair.step(draw(SLABBED, step, F32))
+        pair.check()
 
 
 def test_what_is_skipped_keeps_its_mirror(backend: str) -> None:
