@@ -168,7 +168,9 @@ def test_a_skipped_step_leaves_the_sums_as_they_are(every: int) -> None:
     pair.warm_up()
     pair.step(grads)
     pair.step()
-    assert every == 2 or all(trusted(pair.ours))  # of some, their counters part, and all begins anew
+    assert every == 2 or all(
+        trusted(pair.ours)
+    )  # of some, their counters part, and all begins anew
     pair.check()
 
 
