@@ -66,8 +66,8 @@ inline bool writes_plainly(const Tensor& t, const Rule& r) {
   return lies_plainly(t) && !r.overwrite_with_average && (!draws || t.logical[last] == 1);
 }
 
-// Whether nothing is stored but the parameter, perhaps its mirror, and second moments, and the first without random bits.
-inline bool stores_param_alone(const Tensor& t, const Rule& r) {
+// Whether nothing is written but the parameter, perhaps its mirror, and second moments, and that without random bits.
+inline bool writes_param_alone(const Tensor& t, const Rule& r) {
   return r.momentum == kNoMomentum && t.compensation == nullptr && t.average == nullptr && !rounds_stochastically(t, r);
 }
 
@@ -79,12 +79,11 @@ inline bool applies_plainly(const Tensor& t, const Rule& r) {
   return t.form != kUnfactored || (bare && reads_plainly(t, r));
 }
 
-// Whether a strip is summed up as it is read and written, see expected.h: what a step does can be told from its gradient
-// and its parameter alone, and made good by another step.
+// Whether a strip is summed up as it is read and written, see expected.h: a step can be made good where the
+// gradient that it came from is still there.
 inline bool sums_param(const Tensor& t, const Rule& r) {
   return t.expected.written != nullptr && t.form == kFactored && t.cols > kNarrow && !t.whole.is_split &&
-         t.measures_param_rms && t.accumulator == nullptr && r.decay_factor != kDecayAlpha && reads_plainly(t, r) &&
-         applies_plainly(t, r) && stores_param_alone(t, r);
+         t.measures_param_rms && t.accumulator == nullptr && reads_plainly(t, r) && applies_plainly(t, r);
 }
 
 // What an update is divided by.
@@ -166,6 +165,13 @@ void apply_blocks(const Tensor& t, const Rule& r, const ApplyRule& rule, P* para
   }
 }
 
+template <class P, class G>
+void apply_plain_line(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, const G* grad, const Roots& roots,
+                      int64_t line) {
+  t.exp_avg_scale != nullptr ? apply_blocks(t, r, rule, param, grad, roots, line)
+                             : apply_run(t, r, rule, param, grad, roots, nullptr, line * t.cols, t.cols);
+}
+
 inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float>& m, Lines lines, double clip) {
   const ApplyRule rule = apply_rule(t, r, clip);
   const float most = most_root<float>(r);
@@ -173,9 +179,7 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
   by_dtypes(t, [&](auto* param, auto* grad) {
     if (one_line_at_a_time(t)) {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
-        const Roots roots{m.factor, m.line_factor(line), most};
-        t.exp_avg_scale != nullptr ? apply_blocks(t, r, rule, param, grad, roots, line)
-                                   : apply_run(t, r, rule, param, grad, roots, nullptr, line * t.cols, t.cols);
+        apply_plain_line(t, r, rule, param, grad, Roots{m.factor, m.line_factor(line), most}, line);
       }
     } else {
       for_each_chunk(t, lines, [&](int64_t line, int64_t column, int64_t n) {
@@ -186,22 +190,35 @@ inline void apply_plain_lines(const Tensor& t, const Rule& r, const Matrix<float
   });
 }
 
+// A line, and Σ p² of it before and after: on the way where the loop does little else, else while a core's cache has it.
+template <class P, class G>
+void apply_and_square_line(const Tensor& t, const Rule& r, const ApplyRule& rule, P* param, const G* grad,
+                           const Roots& roots, int64_t number, double* read, double* written) {
+  const int64_t k = number * t.cols;
+  const Line<P, G> line = line_at(t, param, grad, k, false);
+  if (!writes_param_alone(t, r)) {
+    *read += square_param(line.param, t.cols);
+    apply_plain_line(t, r, rule, param, grad, roots, number);
+    *written += square_param(line.param, t.cols);
+    return;
+  }
+  if (extras_of(t, r) == kNoExtras) {
+    apply_and_square<kNoExtras>(rule, line, roots, t.cols, read, written);
+  } else {
+    apply_and_square<kClips>(rule, line, roots, t.cols, read, written);
+  }
+  if (t.mirror != nullptr) for_each_part(t, r, k, t.cols, [](int64_t, int64_t) {});
+}
+
 // A strip of a tensor whose sums_param. Another than was expected is noted.
-inline void apply_and_square(Tensor& t, const Rule& r, const ApplyRule& rule, const Matrix<float>& m, Lines lines,
-                             int64_t strip) {
+inline void apply_and_square_lines(Tensor& t, const Rule& r, const ApplyRule& rule, const Matrix<float>& m, Lines lines,
+                                   int64_t strip) {
+  const float most = most_root<float>(r);
   double read = 0, written = 0;
   by_dtypes(t, [&](auto* param, auto* grad) {
-    by_extras(extras_of(t, r), [&](auto extras) {
-      constexpr Extras kExtras = decltype(extras)::value;
-      if constexpr (kExtras != kAllExtras) {
-        for (int64_t line = lines.begin; line < lines.end; ++line) {
-          const Roots roots{m.factor, m.line_factor(line), most_root<float>(r)};
-          const int64_t k = line * t.cols;
-          apply_and_square_line<kExtras>(rule, line_at(t, param, grad, k, false), roots, t.cols, &read, &written);
-          if (t.mirror != nullptr) for_each_part(t, r, k, t.cols, [](int64_t, int64_t) {});
-        }
-      }
-    });
+    for (int64_t line = lines.begin; line < lines.end; ++line) {
+      apply_and_square_line(t, r, rule, param, grad, Roots{m.factor, m.line_factor(line), most}, line, &read, &written);
+    }
   });
   if (!(read == t.expected.written[strip])) __atomic_store_n(&t.expected.surprised, 1, __ATOMIC_RELAXED);
   t.expected.read[strip] = read;
@@ -306,7 +323,7 @@ void apply_in(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuff
     if (t.numel == 0) return write_factors(t, m, lines);
     if constexpr (sizeof(M) == sizeof(float)) {
       if (sums_param(t, r)) {
-        apply_and_square(t, r, apply_rule(t, r, clip), m, lines, strip);
+        apply_and_square_lines(t, r, apply_rule(t, r, clip), m, lines, strip);
         return write_factors(t, m, lines);
       }
     }
@@ -318,7 +335,7 @@ void apply_in(Tensor& t, const Rule& r, int64_t strip, void* scratch, ThreadBuff
     });
   } else if (t.form == kUnfactored && applies_plainly(t, r)) {
     apply_plain_vector(t, r, elements_of(t, lines), clip);
-  } else if (lies_flat(t, r) && stores_param_alone(t, r) && t.mirror == nullptr) {
+  } else if (lies_flat(t, r) && writes_param_alone(t, r) && t.mirror == nullptr) {
     const ApplyRule rule = apply_rule(t, r, clip);
     apply_flat_elements(t, r, flat_elements(t, lines), rule.decay, rule.step);
     Chunk<M> c(buffers);

@@ -3,9 +3,9 @@
 //
 // Nobody can tell for certain that p has not been written since. So the last sweep sums up what it reads as well, in the
 // same order: if that has the same bits, the step was the right one, whatever has happened to p. If not, the parameter is
-// moved by the difference of two steps; it has been rounded once more than it had to be then. That takes an owner who
-// writes p without torch knowing, and only once: before the sums are trusted, they must have been right a few times, and
-// many times after a surprise.
+// moved by the difference of two steps, and all that the step has stored with it; they have been rounded once more than
+// they had to be then. That takes an owner who writes p without torch knowing, and only once: before the sums are trusted,
+// they must have been right a few times, and many times after a surprise.
 
 #ifndef FUSED_ADAFACTOR_CPU_EXPECTED_H
 #define FUSED_ADAFACTOR_CPU_EXPECTED_H
@@ -33,17 +33,28 @@ inline void expect(Tensor& t, const Rule& r) {
   e.trusted = sums_param(t, r) && e.known && e.confirmed >= kTrusted && is_finite(sum_of_slabs(t, e.written));
 }
 
-// p - (step - step that was taken) u.
+// What makes of p = d p - s u, the step that was taken, p = d' p - s' u, the right one: another step. The first moment
+// has been taken already, by s where it is that of steps.
+inline ApplyRule correction(const ApplyRule& taken, ApplyRule right) {
+  const bool of_steps = right.site == kMomentumStep;
+  const float ratio = taken.decay == 0.0f ? 1.0f : right.decay / taken.decay;
+  right.step -= of_steps ? taken.step : ratio * taken.step;
+  right.alpha -= ratio * taken.alpha;
+  right.decay = ratio;
+  right.moment.beta1 = 1.0f;
+  if (!of_steps) right.moment.rest = 0.0f;
+  right.again = true;
+  return right;
+}
+
 inline void correct(Tensor& t, const Rule& r, void* scratch) {
   const double clip = clip_of(t, r);
-  const float taken = apply_rule(t, r, clip).step;
+  const ApplyRule taken = apply_rule(t, r, clip);
   set_alpha(t, r, sum_of_slabs(t, t.expected.read));
-  ApplyRule rule = apply_rule(t, r, clip);
-  rule.step -= taken;
-  rule.decay = 1.0f;
+  const ApplyRule rule = correction(taken, apply_rule(t, r, clip));
   for (int64_t strip = 0; strip < t.slabs * t.strips; ++strip) {
     const Matrix<float> m = Sums<float>(t, scratch).matrix(t, matrix_of(t, strip / t.strips));
-    apply_and_square(t, r, rule, m, strip_of(t, strip), strip);
+    apply_and_square_lines(t, r, rule, m, strip_of(t, strip), strip);
   }
   if (t.mirror != nullptr) publish_streamed();
 }
@@ -51,7 +62,11 @@ inline void correct(Tensor& t, const Rule& r, void* scratch) {
 // After the last strip: whether the parameter was what the step has taken it for.
 inline void confirm(Tensor& t, const Rule& r, void* scratch) {
   ExpectedSums& e = t.expected;
-  if (t.skip || !sums_param(t, r)) return;
+  if (t.skip) return;
+  if (!sums_param(t, r)) {  // in this step: it takes over the average
+    e.known = 0;
+    return;
+  }
   const bool surprised = e.surprised != 0;
   if (e.known) e.confirmed = surprised ? kWary : e.confirmed < kTrusted ? e.confirmed + 1 : kTrusted;
   e.known = 1;

@@ -113,9 +113,62 @@ void numerators_of_blocks(GradRule r, MomentRule moment, Line<P, G> line, Blocks
   });
 }
 
+// Adds Σ g² of L lines of bfloat16, whose columns are a multiple of two vectors, by products that the machine sums up in
+// pairs. It takes what is below the normal numbers for zero: returns false, with nothing added, where that could be seen.
+template <int L, class P>
+bool square_by_pairs(const Line<P, uint16_t>* lines, float scale, int64_t begin, int64_t end, Floats* squares) {
+#if defined(__AVX512BF16__)
+  constexpr float kLossless = 1e-24f;  // of a sum, beside which all that can be lost is less than its last bit
+  if (scale != 1.0f) return false;
+  for (int64_t j = begin; j < end; j += 2 * kLanes) {
+    for (int l = 0; l < L; ++l) {
+      __m512bh g;
+      memcpy(&g, lines[l].grad + j, sizeof g);
+      squares[l] = Floats(_mm512_dpbf16_ps(__m512(squares[l]), g, g));
+    }
+  }
+  bool lossless = true;
+  for (int l = 0; l < L; ++l) lossless = lossless && sum_of(squares[l]) >= kLossless;  // so written that NaN is not
+  for (int l = 0; !lossless && l < L; ++l) squares[l] = Floats{};
+  return lossless;
+#else
+  return false;
+#endif
+}
+
+// As square_lines, of bfloat16 that is only scaled.
+template <int L, class P>
+double square_bfloat16_lines(const Line<P, uint16_t>* lines, float scale, int64_t n, float* sum) {
+  double total[L] = {}, of_all = 0;
+  for (int64_t begin = 0; begin < n; begin += kFlush) {
+    const int64_t end = least(n, begin + kFlush), in_pairs = end - (end - begin) % (2 * kLanes);
+    Floats squares[L] = {};
+    const bool done = square_by_pairs<L>(lines, scale, begin, in_pairs, squares);
+    for (int64_t j = begin; !done && j < in_pairs; j += 2 * kLanes) {
+      for (int l = 0; l < L; ++l) {
+        const EveryOther g = load_every_other(lines[l].grad + j);
+        const Floats first = g.first * scale, second = g.second * scale;
+        squares[l] = fused(second, second, fused(first, first, squares[l]));
+      }
+    }
+    for_each_vector(in_pairs, end, [&](int64_t j, auto lanes) {
+      for (int l = 0; l < L; ++l) {
+        const Floats g = load(lines[l].grad + j, lanes) * scale;
+        squares[l] += g * g;
+      }
+    });
+    for (int l = 0; l < L; ++l) total[l] += double(sum_of(squares[l]));
+  }
+  for (int l = 0; l < L; ++l) of_all += double(sum[l] = float(total[l]));
+  return of_all;
+}
+
 // sum[l] = Σ g² of L lines; returns that of all of them before they are clipped.
 template <int L, Extras kExtras, class P, class G>
 double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) {
+  if constexpr (kExtras == kNoExtras && is_bfloat16<G>) {
+    return square_bfloat16_lines<L>(lines, r.scale, n, sum);
+  }
   double total[L] = {}, unclipped = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     Floats squares[L] = {}, unclipped_sq{};
@@ -135,12 +188,38 @@ double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) 
   return unclipped;
 }
 
+// As add_lines, of bfloat16 that is only scaled, whose columns are a multiple of two vectors.
+template <int L, class P>
+void add_bfloat16_lines(const Line<P, uint16_t>* lines, const uint16_t* const* following, const float* inverse,
+                        float scale, int64_t n, float* across, float* weighted) {
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    EveryOther a{}, w{};
+    for (int l = 0; l < L; ++l) {
+      ask_for_later(following[l] + j, 0);
+      const EveryOther g = load_every_other(lines[l].grad + j);
+      const Floats first = g.first * scale, second = g.second * scale;
+      const Floats of_first = first * first, of_second = second * second;
+      a.first += of_first;
+      a.second += of_second;
+      w.first += of_first * inverse[l];
+      w.second += of_second * inverse[l];
+    }
+    add_every_other(across + j, a);
+    if (weighted != nullptr) add_every_other(weighted + j, w);
+  }
+}
+
 // across += Σ g², weighted += Σ num² / line over L lines, unless that is null. Meanwhile the gradient of the lines that
 // follow is asked for, so that memory is at work while these come from the core's cache.
 template <int L, Extras kExtras, class P, class G>
 void add_lines(const Line<P, G>* lines, const G* const* following, const float* inverse, GradRule r, MomentRule moment,
                int64_t n, float* across, float* weighted) {
-  for_each_vector(0, n, [&](int64_t j, auto count) {
+  int64_t begin = 0;
+  if constexpr (kExtras == kNoExtras && is_bfloat16<G>) {
+    begin = n - n % (2 * kLanes);
+    add_bfloat16_lines<L>(lines, following, inverse, r.scale, begin, across, weighted);
+  }
+  for_each_vector(begin, n, [&](int64_t j, auto count) {
     Floats a{}, w{};
     for (int l = 0; l < L; ++l) {
       ask_for_later(following[l] + j, 0);
@@ -254,6 +333,7 @@ struct ApplyRule {
   float decay, step;     // p = decay p - step u
   float by_clip, alpha;  // step is their product
   float average_momentum, average_rest;
+  bool again;            // it is made good that a step has been another: `correction` in expected.h
 };
 
 // What has been stored.
@@ -278,9 +358,10 @@ FA_INLINE Floats averaged_of(const ApplyRule& r, Floats g, Floats root) {
 }
 
 // What is subtracted from the parameter, by the new first moment.
-FA_INLINE Floats delta_by(const ApplyRule& r, Floats exp_avg, Floats root) {
+FA_INLINE Floats delta_by(const ApplyRule& r, Floats old, Floats exp_avg, Floats root) {
   if (r.site == kMomentumGrad) return exp_avg * r.moment.numerator_scale * root * r.step;
-  return r.site == kMomentumStep ? exp_avg : exp_avg * r.alpha;
+  if (r.site == kMomentumStep) return r.again ? exp_avg - r.decay * old : exp_avg;
+  return exp_avg * r.alpha;
 }
 
 template <class Lanes>
@@ -296,9 +377,10 @@ FA_INLINE Floats delta_of(const ApplyRule& r, const Line<P, G>& line, const Root
     const Moment& m = line.exp_avg;
     if (m.at != nullptr) {
       m.ask(j, kAheadOfLine);
-      const Floats next = m.next(r.moment, m.read(j, lanes), averaged_of(r, g, root));
+      const Floats old = m.read(j, lanes);
+      const Floats next = m.next(r.moment, old, averaged_of(r, g, root));
       m.write(j, next, lanes);
-      return delta_by(r, next, root);
+      return delta_by(r, old, next, root);
     }
   }
   return g * root * r.step;
@@ -307,20 +389,21 @@ FA_INLINE Floats delta_of(const ApplyRule& r, const Line<P, G>& line, const Root
 // The same of n elements of a line, from the beginning of a block on, whose first moment is in blocks.
 template <class P, class G>
 void deltas_of_blocks(ApplyRule r, Line<P, G> line, Blocks blocks, Roots roots, int64_t n, float* delta) {
+  const bool is_new = r.again && r.site != kMomentumStep;  // rounding it again need not leave it alone
   for_each_block_of_line(n, [&](int64_t begin, auto lanes) {
-    Floats root[kVectorsOfBlock], m[kVectorsOfBlock];
+    Floats root[kVectorsOfBlock], old[kVectorsOfBlock], m[kVectorsOfBlock];
     ask_for(blocks.units + begin, kAheadOfLine);
-    read_block(blocks.units + begin, blocks.scales[begin / kBlock], lanes, m);
+    read_block(blocks.units + begin, blocks.scales[begin / kBlock], lanes, old);
     for (int i = 0; i < kVectorsOfBlock; ++i) {
       const int64_t j = begin + i * kLanes;
       const auto here = lanes_of_block(lanes, i);
       ask_for(line.grad + j, kAheadOfLine);
       root[i] = root_of(roots, j, here);
-      m[i] = kept(r.moment.next(m[i], averaged_of(r, grad_of<kAllExtras>(r.grad, line, j, here), root[i])), here);
+      m[i] = kept(r.moment.next(old[i], averaged_of(r, grad_of<kAllExtras>(r.grad, line, j, here), root[i])), here);
     }
-    blocks.scales[begin / kBlock] = round_block(blocks.units + begin, lanes, m);
+    if (!is_new) blocks.scales[begin / kBlock] = round_block(blocks.units + begin, lanes, m);
     for (int i = 0; i < kVectorsOfBlock; ++i) {
-      store(delta + begin + i * kLanes, delta_by(r, m[i], root[i]), lanes_of_block(lanes, i));
+      store(delta + begin + i * kLanes, delta_by(r, old[i], m[i], root[i]), lanes_of_block(lanes, i));
     }
   });
 }
@@ -341,8 +424,8 @@ FA_INLINE Param apply_alone(const ApplyRule& r, const Line<P, G>& line, const Ro
 
 // The same of a line, with Σ p² of it before and after.
 template <Extras kExtras, class P, class G>
-void apply_and_square_line(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t n, double* read,
-                           double* written) {
+void apply_and_square(const ApplyRule& r, const Line<P, G>& line, const Roots& roots, int64_t n, double* read,
+                      double* written) {
   SquaresOfLine before, after;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     for_each_vector_in_turn(begin, least(n, begin + kFlush), [&](int64_t j, auto lanes, auto number) {
@@ -367,8 +450,8 @@ void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, Draws 
       ask_for(line.param + j, kAheadOfLine);
       const Floats delta =
           to.delta != nullptr ? load(to.delta + j, lanes) : delta_of<kExtras>(r, line, roots, j, lanes);
-      Floats p = load(line.param + j, lanes);
-      if (to.compensation != nullptr) p += load(to.compensation + j, lanes);
+      const Floats before = load(line.param + j, lanes);
+      const Floats p = to.compensation != nullptr ? before + load(to.compensation + j, lanes) : before;
       const Floats value = fused(p, Floats{} + r.decay, -delta);
       const Floats stored = store_rounded(line.param, value, random, j, lanes);
       if (to.compensation != nullptr) {
@@ -379,7 +462,9 @@ void apply_line(ApplyRule r, Line<P, G> line, Written<P> to, Roots roots, Draws 
       if (to.average != nullptr) {
         ask_for(to.average + j, kAheadOfLine);
         const Floats old = load(to.average + j, lanes);
-        store(to.average + j, fused(Floats{} + r.average_momentum, old, stored * r.average_rest), lanes);
+        const Floats next = r.again ? fused(Floats{} + r.average_rest, stored - before, old)
+                                    : fused(Floats{} + r.average_momentum, old, stored * r.average_rest);
+        store(to.average + j, next, lanes);
       }
     }
   });

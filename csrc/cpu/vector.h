@@ -84,6 +84,18 @@ inline Floats load(const uint16_t* bfloat16) {
   return from_bfloat16(halves);
 }
 
+// Two vectors of bfloat16 at once, by every other number: one load, and one operation for each.
+struct EveryOther {
+  Floats first, second;  // numbers 0, 2, 4, ... and 1, 3, 5, ...
+};
+
+inline EveryOther load_every_other(const uint16_t* bfloat16) {
+  Words pairs;
+  memcpy(&pairs, bfloat16, sizeof pairs);
+  const Floats low = Floats(pairs << 16), high = Floats(pairs & 0xFFFF0000u);
+  return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? EveryOther{low, high} : EveryOther{high, low};
+}
+
 inline Halves to_bfloat16(Floats value) {
 #if defined(__AVX512BF16__)
   // Flushes what is below the normal numbers, so those go the long way.
@@ -125,6 +137,11 @@ inline void store_element(uint16_t* to, float value) { *to = to_bfloat16(value);
 struct Float16 {
   uint16_t bits;
 };
+
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<uint16_t> = true;
 
 inline Halves to_float16(Floats value) {
 #if defined(__AVX512F__)
@@ -464,6 +481,12 @@ inline Floats second_halves(Floats a, Floats b) {
 #else
   return FA_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
+}
+
+// Adds two vectors to as many numbers as they have, every other one to each.
+inline void add_every_other(float* to, const EveryOther& value) {
+  store(to, load(to) + first_halves(value.first, value.second));
+  store(to + kLanes, load(to + kLanes) + second_halves(value.first, value.second));
 }
 
 // Rows of a square become columns: every round deals two halves of the rows like cards.

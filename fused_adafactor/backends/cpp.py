@@ -337,6 +337,7 @@ class _Executor:
             )
         idle = activity in (Activity.AVERAGE, Activity.DROP)
         self._execute(self.items[kind], exchange, reports=False, idle=idle)
+        self.versions = [-1] * len(self.versions)  # an average may be a parameter's new value
 
     def outcome(self) -> Outcome:
         """What the last update has found out."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import stepping
-from tests.dialects import HF, KERAS, TORCH, Dialect
+from tests.dialects import ADAFACTOR_PYTORCH, HF, KERAS, TORCH, Dialect
 from tests.kernels.judged import BF16, F32, unit
 from tests.stepping import contiguous, same_bits, transposed
 
@@ -86,6 +86,62 @@ def test_so_do_steps_that_clip_gradients(clip: str) -> None:
     pair.warm_up()
     pair.step()
     pair.check()
+
+
+# What is stored beside the parameter, and rounding that is not to nearest.
+FEATURES = {
+    "momentum_of_steps": (HF, F32, {"beta1": 0.9}),
+    "momentum_of_steps_bf16": (HF, BF16, {"beta1": 0.9, "momentum_dtype": BF16}),
+    "momentum_of_steps_int8": (HF, F32, {"beta1": 0.9, "momentum_dtype": torch.int8}),
+    "momentum_of_gradients": (ADAFACTOR_PYTORCH, F32, {"lr": None, "ams_grad": False}),
+    "momentum_of_gradients_int8": (
+        ADAFACTOR_PYTORCH,
+        F32,
+        {"lr": None, "ams_grad": False, "momentum_dtype": torch.int8},
+    ),
+    "decay_by_alpha": (HF, F32, {"weight_decay": 0.5}),
+    "decay_by_alpha_and_momentum": (HF, F32, {"weight_decay": 0.5, "beta1": 0.9}),
+    "average": (KERAS, F32, {"use_ema": True}),
+    "kahan": (TORCH, BF16, {"rounding": "kahan"}),
+    "stochastic": (TORCH, BF16, {"rounding": "stochastic"}),
+}
+EVERY_FEATURE = pytest.mark.parametrize("feature", FEATURES)
+
+
+@EVERY_FEATURE
+def test_so_do_steps_that_store_more(isa: str, feature: str) -> None:
+    dialect, dtype, options = FEATURES[feature]
+    pair = Pair(dialect, stepping.make_params(SHAPES, dtype), **options)
+    pair.warm_up()
+    pair.step()
+    assert all(trusted(pair.ours))
+    pair.check()
+
+
+@EVERY_FEATURE
+def test_what_is_made_good_is_all_that_is_stored(isa: str, feature: str) -> None:
+    dialect, dtype, options = FEATURES[feature]
+    pair = Pair(dialect, stepping.make_params(SHAPES, dtype), **options)
+    pair.warm_up()
+    for p in pair.everything():
+        p.data[-1] *= 16
+    pair.step()
+    assert all(trusted(pair.ours))
+    tolerance = 3 * unit(dtype)
+    if feature == "stochastic":
+        tolerance += 2 * unit(dtype)  # bits may take a number up in one, and down in the other
+    if feature.endswith("int8"):
+        tolerance += 1e-2 / 64  # of a step, as blocks of the moment are rounded again
+    for p, q in zip(pair.params, pair.twins, strict=True):
+        assert not same_bits(p, q)
+        stepping.assert_close(p, q, tolerance, f"{tuple(p.shape)}")
+
+
+def test_an_average_that_takes_over_the_parameter_is_read() -> None:
+    pair = Pair(KERAS, stepping.make_params(SHAPES), use_ema=True, ema_overwrite_frequency=3)
+    for _ in range(10):
+        pair.step()
+        pair.check()
 
 
 def test_what_torch_has_seen_written_is_read() -> None:
