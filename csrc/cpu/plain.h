@@ -113,62 +113,9 @@ void numerators_of_blocks(GradRule r, MomentRule moment, Line<P, G> line, Blocks
   });
 }
 
-// Adds Σ g² of L lines of bfloat16, whose columns are a multiple of two vectors, by products that the machine sums up in
-// pairs. It takes what is below the normal numbers for zero: returns false, with nothing added, where that could be seen.
-template <int L, class P>
-bool square_by_pairs(const Line<P, uint16_t>* lines, float scale, int64_t begin, int64_t end, Floats* squares) {
-#if defined(__AVX512BF16__)
-  constexpr float kLossless = 1e-24f;  // of a sum, beside which all that can be lost is less than its last bit
-  if (scale != 1.0f) return false;
-  for (int64_t j = begin; j < end; j += 2 * kLanes) {
-    for (int l = 0; l < L; ++l) {
-      __m512bh g;
-      memcpy(&g, lines[l].grad + j, sizeof g);
-      squares[l] = Floats(_mm512_dpbf16_ps(__m512(squares[l]), g, g));
-    }
-  }
-  bool lossless = true;
-  for (int l = 0; l < L; ++l) lossless = lossless && sum_of(squares[l]) >= kLossless;  // so written that NaN is not
-  for (int l = 0; !lossless && l < L; ++l) squares[l] = Floats{};
-  return lossless;
-#else
-  return false;
-#endif
-}
-
-// As square_lines, of bfloat16 that is only scaled.
-template <int L, class P>
-double square_bfloat16_lines(const Line<P, uint16_t>* lines, float scale, int64_t n, float* sum) {
-  double total[L] = {}, of_all = 0;
-  for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = least(n, begin + kFlush), in_pairs = end - (end - begin) % (2 * kLanes);
-    Floats squares[L] = {};
-    const bool done = square_by_pairs<L>(lines, scale, begin, in_pairs, squares);
-    for (int64_t j = begin; !done && j < in_pairs; j += 2 * kLanes) {
-      for (int l = 0; l < L; ++l) {
-        const EveryOther g = load_every_other(lines[l].grad + j);
-        const Floats first = g.first * scale, second = g.second * scale;
-        squares[l] = fused(second, second, fused(first, first, squares[l]));
-      }
-    }
-    for_each_vector(in_pairs, end, [&](int64_t j, auto lanes) {
-      for (int l = 0; l < L; ++l) {
-        const Floats g = load(lines[l].grad + j, lanes) * scale;
-        squares[l] += g * g;
-      }
-    });
-    for (int l = 0; l < L; ++l) total[l] += double(sum_of(squares[l]));
-  }
-  for (int l = 0; l < L; ++l) of_all += double(sum[l] = float(total[l]));
-  return of_all;
-}
-
 // sum[l] = Σ g² of L lines; returns that of all of them before they are clipped.
 template <int L, Extras kExtras, class P, class G>
 double square_lines(const Line<P, G>* lines, GradRule r, int64_t n, float* sum) {
-  if constexpr (kExtras == kNoExtras && is_bfloat16<G>) {
-    return square_bfloat16_lines<L>(lines, r.scale, n, sum);
-  }
   double total[L] = {}, unclipped = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     Floats squares[L] = {}, unclipped_sq{};
