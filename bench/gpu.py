@@ -189,9 +189,15 @@ def _build_cpp(run: Run) -> str:
     status, note = status_of(run.process("build-cpp", command, run.limit(0.3), env))
     if status != "passed":
         return f"; not for C++ ({note}), so CPUOffload is not tested"
-    (library,) = cache.rglob(building.LIBRARIES["cpp"])
-    run.env[native.LIBRARY_ENVIRONMENT] = str(library)
+    run.env[native.LIBRARY_ENVIRONMENT] = str(_built(cache, "cpp"))
     return "; for C++"
+
+
+def _built(cache: Path, backend: str) -> Path:
+    """The library of the sources of now, beside those that earlier runs have left there."""
+    of_now = building.source_hash(backend, building.sources())[:16]
+    (library,) = cache.rglob(f"*{of_now}*/{building.LIBRARIES[backend]}")
+    return library
 
 
 def _build_cuda(run: Run) -> tuple[str, str]:
@@ -203,7 +209,7 @@ def _build_cuda(run: Run) -> tuple[str, str]:
     status, note = "passed", "installed"
     if building.nvcc_path() is not None:
         major, minor = torch.cuda.get_device_capability(run.device)
-        cache = run.out / "library"
+        cache = run.out / f"library-sm_{major}{minor}"
         env = {
             building.CACHE_ENVIRONMENT: str(cache),
             building.ARCHS_ENVIRONMENT: f"{major}{minor}",
@@ -211,8 +217,7 @@ def _build_cuda(run: Run) -> tuple[str, str]:
         returncode = run.process("build", ["fused_adafactor", "build"], run.limit(0.3), env)
         status, note = status_of(returncode)
         if status == "passed":
-            (library,) = cache.rglob(building.LIBRARIES["cuda"])
-            run.env[cuda.LIBRARY_ENVIRONMENT] = str(library)
+            run.env[cuda.LIBRARY_ENVIRONMENT] = str(_built(cache, "cuda"))
             return status, f"for sm_{major}{minor}"
     elif cuda.missing() is not None:
         status, note = "skipped", f"there is no nvcc, and {cuda.missing()}"

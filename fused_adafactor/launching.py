@@ -330,7 +330,7 @@ class Executor:
     def prepare(self) -> None:
         """Make and compile all that an update takes, so that it fails before any of it has run."""
         self.scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
-        with _current(self.device):
+        with current(self.device):
             for phases in self.segments:
                 for launch, kernel in self.launches_of(phases):
                     kernel.compile(self.arguments(launch, self.no_factors, self.no_skips))
@@ -436,7 +436,7 @@ class Executor:
         factors = self.no_factors if exchange.grad_factor is None else exchange.grad_factor
         skips = self.no_skips if exchange.skip is None else exchange.skip.view(torch.uint8)
         calls = [(kernel, self.arguments(launch, factors, skips)) for launch, kernel in launches]
-        with _current(self.device):
+        with current(self.device):
             for kernel, arguments in calls:
                 kernel.compile(arguments)
             self._send(addresses, idle)
@@ -514,7 +514,7 @@ def _each_unit(pieces: Sequence[Pieces], kind: ItemKind) -> list[Ticket]:
     return [[(kind, n, unit)] for n, p in enumerate(pieces) for unit in range(p.units)]
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def current(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Makes a device the current one, which a kernel is launched on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

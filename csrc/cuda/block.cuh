@@ -10,7 +10,9 @@
 
 namespace fused_adafactor {
 
-#if defined(FA_EMULATED)
+#if defined(FA_EMULATED_THREADS)
+constexpr int kThreads = FA_EMULATED_THREADS;
+#elif defined(FA_EMULATED)
 constexpr int kThreads = 64;  // two warps: a fiber each
 #else
 constexpr int kThreads = 256;

@@ -7,6 +7,7 @@ emulates a GPU, its kernels step tensors of a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -20,7 +21,7 @@ import torch
 from fused_adafactor import building, launching
 from fused_adafactor.binding import Binding
 from fused_adafactor.fields import DTYPES
-from fused_adafactor.launching import LAUNCH_ENVIRONMENT, Arguments, Launch, launch_form
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, Arguments, Launch, current, launch_form
 from fused_adafactor.plan import Phase
 from fused_adafactor.slabs import ItemKind
 from fused_adafactor.spec import TensorSpec
@@ -157,7 +158,13 @@ def resources_of(device: torch.device) -> Resources:
     """
     found = [ctypes.c_int32() for _ in Resources._fields]
     number = device.index or 0
-    code = library().fused_adafactor_cuda_device(number, *map(ctypes.byref, found))
+    # The library goes back to the device that was the current one, which takes hundreds of MB there
+    # where nobody has used it yet. torch knows where that is so, and does not.
+    on_it: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        on_it = current(torch.device(device.type, number))
+    with on_it:
+        code = library().fused_adafactor_cuda_device(number, *map(ctypes.byref, found))
     _check(f"fused_adafactor_cuda_device({number})", code)
     return Resources(*(value.value for value in found))
 

@@ -280,17 +280,22 @@ def test_the_library_is_built_for_the_device_where_it_can_be(
     monkeypatch.delenv(cuda.LIBRARY_ENVIRONMENT, raising=False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "missing", lambda: None if installed else "it was not built")
+    monkeypatch.setattr(cpp, "missing", lambda: None)
     if compiler is None:
         monkeypatch.setattr(building, "nvcc_path", lambda: None)
     run = new_run(tmp_path / "out")
-    (tmp_path / "out").mkdir()
+    name = building.LIBRARIES["cuda"]
+    for folder in ("library", "library-sm_90"):  # of an earlier run, from other sources
+        old = tmp_path / "out" / folder / "fused_adafactor" / f"cuda-x86_64-{'0' * 16}-90" / name
+        old.parent.mkdir(parents=True)
+        old.touch()
     run.against = "cuda"
     assert gpu.build(run) == expected
     assert run.against == against
     if compiler == 0:
         library = Path(run.env[cuda.LIBRARY_ENVIRONMENT])
         assert library.is_relative_to(tmp_path / "out")
-        assert library.exists()
+        assert library.read_text()
     else:
         assert not run.env
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fused_adafactor import fields as f
 from fused_adafactor.backends import cuda
-from fused_adafactor.launching import LAUNCH_ENVIRONMENT
+from fused_adafactor.launching import LAUNCH_ENVIRONMENT, LAUNCHES
+from fused_adafactor.tickets import Tuning
 from tests import emulated
 from tests.interpret.small import BACKEND, SMALL, assert_same, built, judged, results, use
 from tests.interpret.small import run as run_rule
@@ -166,6 +167,33 @@ def test_copies_that_threads_make_themselves_are_the_same(monkeypatch: pytest.Mo
     cuda.library.cache_clear()
     runs.append(run(BF16, LONG_SHAPES))
     assert_same(*runs)
+
+
+# By the sizes of a GPU: lines of every number of threads and warps, of one run of neighbours and of
+# two, and chunks; matrices that are no multiple of anything, or tiny; a stack, and vectors.
+LARGE_SHAPES = [
+    *((600, 1024), (130, 4096), (70, 4112), (129, 2064), (2000, 16), (64, 128), (9, 16, 304)),
+    *((257, 513), (1000, 8), (17, 23), (40, 5, 5), (3, 3), (65_537,)),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_blocks_of_as_many_threads_as_on_a_gpu(
+    dtype: torch.dtype, held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Tuning())
+    monkeypatch.setenv(cuda.LIBRARY_ENVIRONMENT, str(emulated.library("-DFA_EMULATED_THREADS=256")))
+    cuda.library.cache_clear()
+    runs = []
+    for launch in LAUNCHES:
+        with monkeypatch.context() as patch:
+            patch.setenv(LAUNCH_ENVIRONMENT, launch)
+            stash_of(patch, 96 * 1024, 3)
+            runs.append(run(dtype, LARGE_SHAPES))
+    assert_same(*runs)
+    assert min(held) > 0
+    pair = judged("hf", params_in(LARGE_SHAPES, dtype))
+    pair.step(draw(LARGE_SHAPES, 0, dtype))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ With a library that lies: its launches do nothing, and its calls return what the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -226,6 +227,31 @@ def test_a_device_that_its_kernels_do_not_run_on_is_refused_with_the_name_of_the
         facts = backends.choose("auto", CUDA)
     assert facts.backend == "reference"
     assert "cudaErrorNoDevice" in facts.why
+
+
+def test_another_device_is_asked_as_the_current_one_of_torch(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the library makes it the current one, and goes back to one that nobody may have used."""
+    machine()
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        seen.append(other)
+        library = backend.library()
+        monkeypatch.setattr(library, "fused_adafactor_cuda_device", lambda *_: seen.append("asked"))
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(backend, "_check", lambda call, code: None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    backend.resources_of(CUDA)
+    assert seen == []
+    backend.resources_of(torch.device("cuda", 1))
+    assert seen == [torch.device("cuda", 1), "asked", "left"]
 
 
 def test_tensors_of_a_cpu_are_refused_where_nothing_is_emulated(
