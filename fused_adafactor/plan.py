@@ -67,7 +67,8 @@ class PlannedTensor:
         launch: How it is stepped.
         sweeps: How often its gradient is read in an update.
         bytes: Least traffic of those sweeps over gradient and parameter: sweeps reads of g, one
-            read and one write of p, one more read of p for RMS(p), one write of its mirror.
+            read and one write of p, one more read of p for RMS(p), one write of its mirror. A
+            backend that knows RMS(p) from the step before does without that second read.
         why: Reason for the number of sweeps.
     """
 
