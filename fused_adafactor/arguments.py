@@ -44,6 +44,12 @@ class _Shared(TypedDict, total=False):
             vectors with a second moment for each element, as much memory as Adam's, and each rank
             steps its part as if that were a parameter: RMS(p) and RMS(u) are of the part (of all
             parts only where it is a DTensor), so the numbers depend on how many ranks there are.
+        param_rms: "read", or "expected" for whoever writes parameters by this optimizer and by
+            what torch counts (``load_state_dict``, in-place operations) alone: the C++ backend
+            then knows RMS(p) of a large matrix from the step that wrote it, and reads a quarter
+            less. It has the same bits. It finds out where a parameter was written by other means
+            (``p.data``, a collective, a kernel of one's own): it warns and corrects the step, but
+            what a step from a much larger RMS(p) has rounded away is lost.
     """
 
     backend: str
@@ -56,6 +62,7 @@ class _Shared(TypedDict, total=False):
     fused: bool | None
     differentiable: bool
     flat_parameters: str
+    param_rms: str
 
 
 class _Momentum(TypedDict, total=False):
@@ -143,6 +150,7 @@ EXTRA_DEFAULTS: dict[str, Any] = {
     "foreach": None,
     "differentiable": False,
     "flat_parameters": "refuse",
+    "param_rms": "read",
     "clipnorm": None,
     "clipvalue": None,
     "global_clipnorm": None,
@@ -172,6 +180,7 @@ def rule_arguments(group: Mapping[str, Any]) -> dict[str, Any]:
         "state_dtype": group["state_dtype"],
         "nonfinite": Nonfinite(group["nonfinite"]),
         "takes_flat": group["flat_parameters"] == "unfactored",
+        "expects_param_rms": group["param_rms"] == "expected",
         "grad_divisor": group["loss_scale_factor"] or 1.0,
         "grad_clip": _grad_clip(group),
         "accumulation_steps": group["gradient_accumulation_steps"] or 1,
@@ -234,6 +243,8 @@ def check_extras(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"flat_parameters must be 'refuse' or 'unfactored', got {group['flat_parameters']!r}"
         )
+    if group["param_rms"] not in ("read", "expected"):
+        raise ValueError(f"param_rms must be 'read' or 'expected', got {group['param_rms']!r}")
     if group["state_dtype"] not in _STATE_DTYPES:
         raise ValueError(
             "state_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got "

@@ -177,6 +177,7 @@ class Rule:
         weight_average: EMA of the weights, or None.
         nonfinite: What NaN or Inf in a gradient does.
         takes_flat: Whether parameters are stepped that were flattened to be distributed.
+        expects_param_rms: Whether a backend may know RMS(p) from the step that wrote p.
     """
 
     factoring: Factoring
@@ -201,6 +202,7 @@ class Rule:
     weight_average: WeightAverage | None = None
     nonfinite: Nonfinite = Nonfinite.PROPAGATE
     takes_flat: bool = False
+    expects_param_rms: bool = False
 
     @property
     def measures_param_rms(self) -> bool:

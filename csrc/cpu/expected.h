@@ -3,9 +3,10 @@
 //
 // Nobody can tell for certain that p has not been written since. So the last sweep sums up what it reads as well, in the
 // same order: if that has the same bits, the step was the right one, whatever has happened to p. If not, the parameter is
-// moved by the difference of two steps, and all that the step has stored with it; they have been rounded once more than
-// they had to be then. That takes an owner who writes p without torch knowing, and only once: before the sums are trusted,
-// they must have been right a few times, and many times after a surprise.
+// moved by the difference of two steps, and all that the step has stored with it. They have been rounded once more then,
+// at the size of the step that was taken: where that was too large by far, what it has rounded away is lost. So it is only
+// done for who asks for it (param_rms="expected"), and Python warns. Before the sums are trusted they must have been right
+// a few times, and many times after a surprise.
 
 #ifndef FUSED_ADAFACTOR_CPU_EXPECTED_H
 #define FUSED_ADAFACTOR_CPU_EXPECTED_H
@@ -51,7 +52,8 @@ inline void correct(Tensor& t, const Rule& r, void* scratch) {
   const double clip = clip_of(t, r);
   const ApplyRule taken = apply_rule(t, r, clip);
   set_alpha(t, r, sum_of_slabs(t, t.expected.read));
-  const ApplyRule rule = correction(taken, apply_rule(t, r, clip));
+  const ApplyRule right = apply_rule(t, r, clip), rule = correction(taken, right);
+  if (right.step == taken.step && right.alpha == taken.alpha && right.decay == taken.decay) return;
   for (int64_t strip = 0; strip < t.slabs * t.strips; ++strip) {
     const Matrix<float> m = Sums<float>(t, scratch).matrix(t, matrix_of(t, strip / t.strips));
     apply_and_square_lines(t, r, rule, m, strip_of(t, strip), strip);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -215,6 +216,7 @@ class _Executor:
     def __init__(self, bindings: Sequence[Binding], segments: Sequence[tuple[Phase, ...]]) -> None:
         count = len(bindings)
         self.params = [b.param for b in bindings]
+        self.ids = [b.planned.spec.id for b in bindings]
         self.are_split = bindings[0].planned.spec.is_split  # a plan has only such, or none
         self.geometries = [_geometry_of(b.planned.spec) for b in bindings]
         self.tensors = (_Tensor * count)()
@@ -252,20 +254,23 @@ class _Executor:
             _scratch_bytes(g, b) for g, b in zip(self.geometries, bindings, strict=True)
         ]
         self.in_one_go = len(segments) == 1
-        self._expect_sums()
+        self._expect_sums(bindings)
         self.threads = torch.get_num_threads()
         self._divide_scratch()
 
-    def _expect_sums(self) -> None:
+    def _expect_sums(self, bindings: Sequence[Binding]) -> None:
         """Give large matrices room for ``ExpectedSums``, and remember when torch saw them written.
 
         One that is stepped in one item is read from memory once anyway. What torch has written is
         read; of what torch does not know, such as a change of ``p.data``, the library finds out.
+        Torch counts the writes of a distributed parameter elsewhere, so that is read.
         """
         self.expecting = [
             number
             for number, geometry in enumerate(self.geometries)
-            if self.tensors[number].measures_param_rms
+            if bindings[number].rule.expects_param_rms
+            and self.tensors[number].measures_param_rms
+            and bindings[number].planned.spec.shard is None
             and geometry.form is Form.FACTORED
             and not is_whole(geometry, CPU_CUT)
             and not self.params[number].is_inference()  # it has no version
@@ -381,6 +386,22 @@ class _Executor:
         # autograd must see that a value which it may have saved is gone.
         torch.autograd.graph.increment_version(self.params)
         self.versions = [self.params[number]._version for number in self.expecting]
+        self._warn_of_surprises()
+
+    def _warn_of_surprises(self) -> None:
+        for number in self.expecting:
+            expected = self.tensors[number].expected
+            if expected.trusted and expected.surprised:
+                expected.surprised = 0
+                warnings.warn(
+                    f"{self.ids[number]} was written between two steps in a way that torch does "
+                    "not count (p.data, a collective, a kernel of its own), under "
+                    "param_rms='expected'. The step was corrected, which has rounded the "
+                    "parameter once more, at the size of the step from its old RMS. It is read "
+                    "now for a hundred steps; use param_rms='read' where this is meant to happen",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _send_numbers(self, idle: bool) -> None:
         """Fill in the rules' numbers of this step."""

@@ -109,6 +109,7 @@ def test_the_extras_have_the_documented_defaults() -> None:
         "foreach": None,
         "differentiable": False,
         "flat_parameters": "refuse",
+        "param_rms": "read",
         "clipnorm": None,
         "clipvalue": None,
         "global_clipnorm": None,

@@ -316,3 +316,20 @@ def pair_of_rows(dialect: Dialect, value: Tensor) -> tuple[Any, Any, Any]:
     mesh = mesh_of((2,))
     parts = [torch.nn.Parameter(p) for p in distribute([value], mesh, [Shard(0)])]
     return dialect([value], backend="reference"), dialect(parts, backend="cpp"), mesh
+
+
+@on_every_rank
+def test_copies_are_read_for_their_rms() -> None:
+    """Torch counts what is written to a DTensor, not to what is here of it."""
+    values = stepping.make_params([(700, 300)])
+    whole, distributed, _ = pair(TORCH, values, "replicated", param_rms="expected")
+    (param,) = stepping.params_of(distributed)
+    for step in range(6):
+        give(whole, distributed, step)
+        if step == 5:
+            with torch.no_grad():
+                for p in (*values, param):
+                    p.mul_(1e-3)
+        whole.step()
+        distributed.step()  # a step that is corrected warns, which is an error here
+    assert_close_parts(distributed, whole, 1e-5)

@@ -142,6 +142,7 @@ FEATURES = (
     Feature("beta1=0.9", {"beta1": 0.9}),
     Feature("beta1, momentum_dtype=bfloat16", {"beta1": 0.9, "momentum_dtype": _HALF}),
     Feature("beta1, momentum_dtype=int8", {"beta1": 0.9, "momentum_dtype": torch.int8}),
+    Feature("param_rms='expected'", {"param_rms": "expected"}),
     Feature("metrics()", drive=_with_metrics),
     Feature("torch.compile", drive=_compiled),
     Feature(_BACKWARD, drive=_backward),
