@@ -174,8 +174,8 @@ def test_the_norm_is_that_of_rounded_moments(backend: str, placement: str) -> No
     others = (({}, torch.float32), ({"clipnorm": 0.5}, torch.bfloat16))
     for dialect, cases in (
         (HF, (rounded, clipped, *others)),
-        (TORCH, (rounded,)),
-        (OPTAX, (clipped,)),
+        (TORCH, (rounded, clipped)),
+        (OPTAX, (rounded, clipped)),
     ):
         for extras, state_dtype in cases:
             whole, distributed, give = pair(

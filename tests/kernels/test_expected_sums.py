@@ -254,9 +254,8 @@ def test_a_skipped_step_leaves_the_sums_as_they_are(every: int) -> None:
     pair.warm_up()
     pair.step(grads)
     pair.step()
-    assert every == 2 or all(
-        trusted(pair.ours)
-    )  # of some, their counters part, and all begins anew
+    # Where only some are skipped, their counters part, and everything is prepared anew.
+    assert every == 2 or all(trusted(pair.ours))
     pair.check()
 
 

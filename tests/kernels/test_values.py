@@ -186,7 +186,7 @@ def test_the_clamp_wherever_it_reaches(
 # --- clipping by a norm --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_norm", [1e-3, 1e6])
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
 @EVERY_RULE
 def test_max_grad_norm(rule: str, max_norm: float) -> None:
     if rule.startswith("keras"):
